@@ -1,0 +1,181 @@
+"""From plan and calibration set to a student with bits and scales.
+
+Every step is a function of one site: measure, smooth, allocate, find scales. What differs is what a site sees:
+``teacher`` shows every site the float network's tensors, all at once, so that policies can weigh sites against each
+other; ``quantized_upstream`` goes through one forward site by site, each seeing what the quantized sites before it
+produce, as the released MPQ-DM does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantlab.allocation.plan import SitePlan, mean_weight_bits
+from quantlab.allocation.student import QuantizerChoices, Student, install_quantizers
+from quantlab.calibration.collect import CalibrationBatch, collect_inputs, watch_inputs
+from quantlab.calibration.stats import SiteRecord, TensorSiteData
+from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy
+from quantlab.contracts.model import Progress
+from quantlab.contracts.passes import SmoothingPass
+from quantlab.contracts.sections import InputsFrom
+from quantlab.errors import PluginError, QuantlabError
+from quantlab.graph.passes.smooth import smooth
+
+
+@dataclass(frozen=True)
+class AssignMethod:
+    """What a method says about assignment, as objects.
+
+    Attributes:
+        smoothing: passes that scale input channels, in order; their scales multiply.
+        policies: bit policies, each given what the one before returned.
+        choices: how weights and activations are quantized.
+        inputs_from: what a site sees.
+    """
+
+    smoothing: Sequence[SmoothingPass]
+    policies: Sequence[BitPolicy]
+    choices: QuantizerChoices
+    inputs_from: InputsFrom
+
+
+def assign(
+    student: Student, method: AssignMethod, batch: CalibrationBatch, rng: torch.Generator, progress: Progress
+) -> BitMap:
+    """Give every planned site its bits and scales, in place; returns the bits.
+
+    Raises:
+        QuantlabError: a site was not reached, or the policies missed the budget.
+    """
+    assigner = _Assigner(student, method, batch.timestep, rng)
+    names = [entry.site.name for entry in student.plan.quantized]
+    bit_map = student.plan.nominal()
+    with torch.no_grad():
+        match method.inputs_from:
+            case InputsFrom.TEACHER:
+                inputs = collect_inputs(student.network, names, lambda: student.run(batch.inputs))
+                records = {name: assigner.smoothed(entry, inputs[name]) for name, entry in assigner.entries.items()}
+                bit_map = assigner.allocate(bit_map, records)
+                for done, (name, record) in enumerate(records.items(), 1):
+                    assigner.quantize(assigner.entries[name], record, bit_map)
+                    progress(done, len(names))
+            case InputsFrom.QUANTIZED_UPSTREAM:
+                assigned: dict[str, BitMap] = {}
+
+                def assign_site(name: str, x: Tensor) -> None:
+                    nonlocal bit_map
+                    if name in assigned:
+                        return
+                    record = assigner.smoothed(assigner.entries[name], (x,))
+                    bit_map = assigner.allocate(bit_map, {name: record})
+                    assigner.quantize(assigner.entries[name], record, bit_map)
+                    assigned[name] = bit_map
+                    progress(len(assigned), len(names))
+
+                watch_inputs(student.network, names, assign_site, lambda: student.run(batch.inputs))
+                _require_all(names, assigned)
+    _require_budget(student, bit_map)
+    return bit_map
+
+
+@dataclass(frozen=True)
+class _Assigner:
+    """The per-site steps."""
+
+    student: Student
+    method: AssignMethod
+    timestep: Tensor | None
+    rng: torch.Generator
+
+    @property
+    def entries(self) -> dict[str, SitePlan]:
+        return {entry.site.name: entry for entry in self.student.plan.quantized}
+
+    def smoothed(self, entry: SitePlan, inputs: tuple[Tensor, ...]) -> SiteRecord:
+        """Measure a site and set its smoothing scales; only sites under the budget are smoothed."""
+        layer = self.student.layer(entry.site.name)
+        record = SiteRecord.of_layer(layer, inputs)
+        if not entry.budgeted:
+            return record
+        for smoothing in self.method.smoothing:
+            scales = smoothing.scales(record.weight_absmax(), record.input_absmax())
+            if not (torch.isfinite(scales).all() and (scales > 0).all()):
+                raise PluginError(
+                    "smoothing scales must be positive and finite",
+                    where=f'pass "{smoothing.name}", site {entry.site.name}',
+                )
+            before = record.smoothing
+            record = replace(record, smoothing=scales if before is None else before * scales)
+        if record.smoothing is not None:
+            smooth(self.student.network, {entry.site.name: record.smoothing})
+        return record
+
+    def allocate(self, bit_map: BitMap, records: dict[str, SiteRecord]) -> BitMap:
+        """Ask each policy about the budgeted sites among ``records``."""
+        sites = [self.entries[name].site for name in records if self.entries[name].budgeted]
+        if not sites:
+            return bit_map
+        data = TensorSiteData(records)
+        for policy in self.method.policies:
+            problem = AllocationProblem(sites, data, self.student.plan.budget, bit_map, self.rng)
+            bit_map = policy.allocate(problem)
+            _check_policy(policy, problem, bit_map)
+        return bit_map
+
+    def quantize(self, entry: SitePlan, record: SiteRecord, bit_map: BitMap) -> None:
+        """Install the quantizers of a site and find their scales."""
+        layer = self.student.layer(entry.site.name)
+        install_quantizers(layer, entry, bit_map, self.method.choices)
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.observe(layer.float_weight())
+            layer.weight_quantizer.freeze()
+        if layer.input_quantizer is not None:
+            for x in record.smoothed_inputs():
+                layer.input_quantizer.observe(x, self.timestep)
+            layer.input_quantizer.freeze()
+
+
+def _check_policy(policy: BitPolicy, problem: AllocationProblem, bit_map: BitMap) -> None:
+    """A policy must return bits for every channel of every site and leave other sites alone."""
+    asked = {site.name: site for site in problem.sites}
+    for name, given in problem.given.weight_bits.items():
+        bits = bit_map.weight_bits.get(name)
+        where = f'policy "{policy.name}", site {name}'
+        if bits is None or bits.shape != given.shape:
+            raise PluginError("a policy must return bits for every output channel", where=where)
+        if name not in asked and not torch.equal(bits, given):
+            raise PluginError("a policy changed a site it was not asked about", where=where)
+        if name in asked and not ((bits >= 1) & (bits <= 8)).all():
+            raise PluginError("bits must lie in 1..8", where=where, got=sorted(set(bits.tolist())))
+
+
+def _require_all(names: Sequence[str], assigned: dict[str, BitMap]) -> None:
+    missing = [name for name in names if name not in assigned]
+    if missing:
+        raise QuantlabError(
+            "a site was never reached during calibration", where=f"site {missing[0]}", next_step='keep it "float"'
+        )
+
+
+def _require_budget(student: Student, bit_map: BitMap) -> None:
+    """The mean bits may exceed the budget by the extra bits that it grants, and by nothing else."""
+    budget = student.plan.budget
+    # A site grants its extra bits in whole channels.
+    allowed = sum(
+        (budget.weight_bits + -(-budget.extra_bit_fraction * site.out_channels // 1) / site.out_channels)
+        * site.weight_count
+        for site in student.plan.budgeted
+    ) / sum(site.weight_count for site in student.plan.budgeted)
+    mean = mean_weight_bits(bit_map, student.plan.budgeted)
+    if mean > allowed + 1e-6:
+        raise QuantlabError(
+            "the policies spent more than the budget",
+            where="assign",
+            got=f"{mean:.4f} bits a weight",
+            allowed=f"at most {allowed:.4f}",
+            next_step="give the last policy in `allocate` the whole budget to respect",
+        )

@@ -1,0 +1,148 @@
+"""The quantized copy of a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.allocation.plan import Plan, SitePlan
+from quantlab.contracts.allocation import FLOAT_BITS, BitMap
+from quantlab.contracts.model import Inputs, Task
+from quantlab.contracts.quant import PerChannel, PerTensor, QuantSpec
+from quantlab.contracts.quantizer import Quantizer
+from quantlab.contracts.sections import Activations, Weights
+from quantlab.contracts.tuning import AdapterSpec, TappedRun
+from quantlab.graph.capture import CapturedGraph
+from quantlab.graph.passes.insert_quantizers import insert_quantizers
+from quantlab.graph.passes.taps import attach_taps
+from quantlab.graph.run import runner
+from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+
+QuantizedLayer = QuantizedLinear | QuantizedConv2d
+
+
+@dataclass(frozen=True)
+class QuantizerChoice:
+    """How weights or activations are quantized: a quantizer class with its options and the recipe's section."""
+
+    quantizer: type[Quantizer]
+    settings: Weights
+
+    def build(self, spec: QuantSpec, bits: int | Tensor) -> Quantizer:
+        """A quantizer without a range yet."""
+        config = self.quantizer.Config.model_validate(self.settings.quantizer.options)
+        return self.quantizer.from_spec(spec, bits, config)
+
+
+@dataclass(frozen=True)
+class QuantizerChoices:
+    """The choices for the two tensors of a layer."""
+
+    weights: QuantizerChoice
+    activations: QuantizerChoice
+
+
+@dataclass(frozen=True)
+class Student:
+    """A copy of the network whose planned sites are quantized layers.
+
+    Attributes:
+        network: the copy.
+        graph: its graph, with the timestep threaded to the layers.
+        plan: what each site is meant to be.
+    """
+
+    network: nn.Module
+    graph: CapturedGraph
+    plan: Plan
+
+    def layer(self, site: str) -> QuantizedLayer:
+        """The quantized layer at a site."""
+        return self.network.get_submodule(site)  # type: ignore[return-value]
+
+    def layers(self) -> Mapping[str, QuantizedLayer]:
+        """All quantized layers, in the graph's order."""
+        return {entry.site.name: self.layer(entry.site.name) for entry in self.plan.quantized}
+
+    def trained_layers(self) -> Mapping[str, QuantizedLayer]:
+        """The layers under the budget: those that tuning may change."""
+        return {site.name: self.layer(site.name) for site in self.plan.budgeted}
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """The quantized forward."""
+        return tapped_run(self.network, self.graph, ())(inputs)[0]
+
+
+def first_tensor(output: object) -> Tensor:
+    """The tensor a network returned, alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple | list) else output  # type: ignore[return-value]
+
+
+def tapped_run(network: nn.Module, graph: CapturedGraph, taps: Sequence[str]) -> TappedRun:
+    """A forward of ``network`` that returns its first tensor and the outputs of the modules ``taps``."""
+    if not taps:
+        plain = runner(network, graph)
+        return lambda inputs: (first_tensor(plain(inputs)), {})
+    tapped = runner(network, attach_taps(graph, taps))
+
+    def run(inputs: Inputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        output, features = tapped(inputs)
+        return first_tensor(output), features
+
+    return run
+
+
+def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
+    """Copy the network and make its planned sites quantized layers, still without quantizers."""
+    network = copy.deepcopy(task.network)
+    names = [entry.site.name for entry in plan.quantized]
+    graph = insert_quantizers(network, captured, names, task.timestep_input)
+    return Student(network.requires_grad_(False), graph, plan)
+
+
+def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices) -> None:
+    """Give a layer quantizers without a range, with the bits of the bit map.
+
+    Sites outside the budget get static activation scales whatever the method, so that they are the same for all.
+    """
+    if entry.weight_bits != FLOAT_BITS:
+        weights = choices.weights.settings
+        spec = QuantSpec(PerChannel(0), weights.observer, round_zero_point=weights.round_zero_point)
+        layer.weight_quantizer = choices.weights.build(spec, bit_map.weight_bits[entry.site.name])
+    input_bits = bit_map.activation_bits[entry.site.name, entry.site.slots[0].name]
+    if input_bits != FLOAT_BITS:
+        activations = choices.activations.settings
+        assert isinstance(activations, Activations)
+        spec = QuantSpec(
+            PerTensor(),
+            activations.observer,
+            per_timestep=activations.per_timestep and entry.budgeted,
+            share_start=activations.share_start,
+            round_zero_point=activations.round_zero_point,
+        )
+        layer.input_quantizer = choices.activations.build(spec, input_bits)
+
+
+def restore(
+    student: Student, bit_map: BitMap, choices: QuantizerChoices, state: Mapping[str, Tensor]
+) -> Student:
+    """Fill a new student with quantizers of ``bit_map`` and the parameters ``state``."""
+    for entry in student.plan.quantized:
+        name = entry.site.name
+        layer = student.layer(name)
+        install_quantizers(layer, entry, bit_map, choices)
+        if f"{name}.smoothing" in state:
+            layer.smoothing = torch.empty_like(state[f"{name}.smoothing"])
+    student.network.load_state_dict(dict(state))
+    return student
+
+
+def add_adapters(student: Student, spec: AdapterSpec, seed: int) -> None:
+    """Put a low-rank adapter into every layer that tuning may change, each start drawn in the graph's order."""
+    rng = torch.Generator().manual_seed(seed)
+    for layer in student.trained_layers().values():
+        layer.add_adapter(spec, rng)

@@ -1,0 +1,82 @@
+"""The built-ins, registered through the same hooks as every plugin; each function imports what it returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantlab.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from quantlab.contracts.allocation import BitPolicy
+    from quantlab.contracts.event import StageEvent
+    from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.tuning import Loss
+
+
+@hookimpl
+def quantlab_models() -> list[type]:
+    """The models that ship."""
+    from quantlab.models.builtin import BuiltinSource
+
+    return [BuiltinSource]
+
+
+@hookimpl
+def quantlab_passes() -> list[type]:
+    """Smoothing between activation and weight."""
+    from quantlab.allocation.smoothing import SmoothPass
+
+    return [SmoothPass]
+
+
+@hookimpl
+def quantlab_bit_policies() -> list[type[BitPolicy]]:
+    """The same bits everywhere, and bits by hand."""
+    from quantlab.allocation.manual import ManualPolicy
+    from quantlab.allocation.uniform import UniformPolicy
+
+    return [UniformPolicy, ManualPolicy]
+
+
+@hookimpl
+def quantlab_quantizers() -> list[type[Quantizer]]:
+    """Scale and zero point."""
+    from quantlab.quant.quantizers import AffineQuantizer
+
+    return [AffineQuantizer]
+
+
+@hookimpl
+def quantlab_tuners() -> list[type]:
+    """Distillation along the sampling trajectory."""
+    from quantlab.tuning.distill import DistillTuner
+
+    return [DistillTuner]
+
+
+@hookimpl
+def quantlab_losses() -> list[type[Loss]]:
+    """Distances between predictions."""
+    from quantlab.losses.lp import LpLoss
+    from quantlab.losses.mse import MseLoss
+
+    return [MseLoss, LpLoss]
+
+
+@hookimpl
+def quantlab_metrics() -> list[type]:
+    """The metrics of images."""
+    from quantlab.evaluation.metrics import METRICS
+
+    return list(METRICS)
+
+
+@hookimpl
+def quantlab_event(event: StageEvent) -> None:
+    """Keep a record of the stages in the run folder's ``events.jsonl``."""
+    from quantlab.store import append_event
+
+    append_event(
+        event.run_folder,
+        {"stage": event.stage, "status": event.status, "seconds": round(event.seconds, 3), "folder": str(event.folder)},
+    )

@@ -1,0 +1,89 @@
+"""What the sites of a network see on the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.contracts.model import CalibrationSet, Inputs, Task
+from quantlab.errors import NonFiniteError, QuantlabError
+
+SeeInput = Callable[[str, Tensor], None]
+"""Called with a site's name and its input, before the site computes."""
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """Every step of some trajectories as one batch of the network.
+
+    Attributes:
+        inputs: keyword tensors [M, ...].
+        timestep: [M], or None without a timestep input.
+    """
+
+    inputs: Inputs
+    timestep: Tensor | None
+
+
+def calibration_batch(task: Task, calibration: CalibrationSet, samples: int) -> CalibrationBatch:
+    """The first ``samples`` trajectories at every step, joined along the batch, guidance doubled.
+
+    Raises:
+        QuantlabError: fewer trajectories were recorded than are asked for.
+    """
+    if samples > calibration.num_samples:
+        raise QuantlabError(
+            "more calibration samples are asked for than were recorded",
+            where="calibrate.samples",
+            got=samples,
+            allowed=f"at most {calibration.num_samples} (calibrate.trajectories)",
+        )
+    steps = [
+        task.network_inputs(calibration.step(index, slice(samples))) for index in range(calibration.num_steps)
+    ]
+    inputs = {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
+    return CalibrationBatch(inputs, inputs[task.timestep_input] if task.timestep_input else None)
+
+
+def watch_inputs(
+    network: nn.Module, sites: Sequence[str], see: SeeInput, forward: Callable[[], object]
+) -> None:
+    """Run ``forward`` and show each site's input to ``see``, in the order in which the sites compute."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, arguments: see(name, arguments[0])
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(hook(name)) for name in sites]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect_inputs(
+    network: nn.Module, sites: Sequence[str], forward: Callable[[], object]
+) -> Mapping[str, tuple[Tensor, ...]]:
+    """The inputs of every site, a tensor for each call in one forward.
+
+    Raises:
+        NonFiniteError: a site's input holds NaN or infinity.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in sites}
+
+    def keep(name: str, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise NonFiniteError("the input holds NaN or infinity during calibration", where=f"site {name}")
+        seen[name].append(x)
+
+    watch_inputs(network, sites, keep, forward)
+    silent = [name for name, inputs in seen.items() if not inputs]
+    if silent:
+        raise QuantlabError(
+            "a site was never reached during calibration", where=f"site {silent[0]}", next_step='keep it "float"'
+        )
+    return {name: tuple(inputs) for name, inputs in seen.items()}

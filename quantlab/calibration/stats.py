@@ -1,0 +1,145 @@
+"""Measured facts about sites, from tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantlab.contracts.allocation import SiteData
+from quantlab.contracts.quant import Observer
+from quantlab.quant.functional import fake_quantize, per_channel, search_scale
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+"""A site's operation on an input and a weight."""
+
+INPUT_SEARCH_ELEMENTS = 8192
+"""Elements of an input on which the MSE search for its range judges candidates."""
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """A site's tensors.
+
+    Attributes:
+        weight: float [out, in / groups, *k].
+        inputs: calibration inputs [B, in, ...] of a convolution, [B, ..., in] of a linear layer.
+        channel_dim: the input dimension that holds the channels.
+        groups: of a convolution.
+        compute: the operation.
+        smoothing: per-input-channel scales [in], or None.
+    """
+
+    weight: Tensor
+    inputs: tuple[Tensor, ...]
+    channel_dim: int
+    groups: int
+    compute: Compute
+    smoothing: Tensor | None = None
+
+    @classmethod
+    def of_layer(cls, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> SiteRecord:
+        """The record of a layer that saw ``inputs``."""
+        weight = layer.weight.detach()
+        if isinstance(layer, nn.Linear):
+            return cls(weight, inputs, -1, 1, lambda x, w: F.linear(x, w, layer.bias))
+        conv = cast(nn.Conv2d, layer)
+        return cls(weight, inputs, 1, conv.groups, lambda x, w: conv._conv_forward(x, w, conv.bias))
+
+    def weight_absmax(self) -> Tensor:
+        """Largest magnitude of the weights that read each input channel [in]."""
+        out, fan = self.weight.shape[:2]
+        by_group = self.weight.abs().reshape(self.groups, out // self.groups, fan, -1)
+        return by_group.amax((1, 3)).flatten()
+
+    def input_absmax(self) -> Tensor:
+        """Largest magnitude of each input channel [in], before smoothing."""
+        return torch.stack([self._channels_last(x).abs().amax(0) for x in self.inputs]).amax(0)
+
+    def smoothed_weight(self) -> Tensor:
+        """The weight times the smoothing scales."""
+        if self.smoothing is None:
+            return self.weight
+        scales = self.smoothing.view(self.groups, 1, -1).expand(-1, self.weight.shape[0] // self.groups, -1)
+        scales = scales.reshape(self.weight.shape[0], -1)
+        return self.weight * scales.view(*scales.shape, *(1,) * (self.weight.dim() - 2))
+
+    def smoothed_inputs(self) -> Iterator[Tensor]:
+        """The inputs divided by the smoothing scales."""
+        for x in self.inputs:
+            yield x if self.smoothing is None else x * per_channel(1 / self.smoothing, x.dim(), self.channel_dim)
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        """[rows, in]."""
+        return x.movedim(self.channel_dim, -1).flatten(0, -2)
+
+
+class TensorSiteData(SiteData):
+    """Facts about sites whose tensors are in memory; float outputs and scales are computed once."""
+
+    def __init__(self, records: Mapping[str, SiteRecord]) -> None:
+        self._records = records
+        self._outputs: dict[str, list[Tensor]] = {}
+        self._scales: dict[tuple[str, int, Observer], tuple[Tensor, Tensor]] = {}
+        self._quantized_inputs: dict[tuple[str, int], list[Tensor]] = {}
+
+    def weight(self, site: str) -> Tensor:
+        """The float weight, smoothed."""
+        return self._records[site].smoothed_weight()
+
+    def inputs(self, site: str) -> Iterator[Tensor]:
+        """Calibration inputs, smoothed."""
+        return self._records[site].smoothed_inputs()
+
+    def absmax(self, site: str) -> Tensor:
+        """Largest magnitude of each input channel, before smoothing."""
+        return self._records[site].input_absmax()
+
+    def output_error(self, site: str, bits: Tensor, observer: Observer, input_bits: int | None) -> float:
+        """Mean squared error of the site's output with quantized weights, and inputs if asked, against float."""
+        record = self._records[site]
+        weight = self._quantized_weight(site, bits, observer)
+        inputs = list(record.smoothed_inputs()) if input_bits is None else self._inputs_at(site, input_bits)
+        outputs = self._float_outputs(site)
+        squared = [(record.compute(x, weight) - y).square() for x, y in zip(inputs, outputs, strict=True)]
+        if len(squared) == 1:
+            return squared[0].mean().item()
+        return sum(part.double().sum().item() for part in squared) / sum(part.numel() for part in squared)
+
+    def _float_outputs(self, site: str) -> list[Tensor]:
+        if site not in self._outputs:
+            record = self._records[site]
+            self._outputs[site] = [record.compute(x, record.weight) for x in record.inputs]
+        return self._outputs[site]
+
+    def _quantized_weight(self, site: str, bits: Tensor, observer: Observer) -> Tensor:
+        weight = self.weight(site)
+        scale, zero_point = weight.new_empty(len(bits)), weight.new_empty(len(bits))
+        for width in sorted(set(bits.tolist())):
+            chosen = bits == width
+            found_scale, found_zero_point = self._scales_at(site, width, observer)
+            scale[chosen], zero_point[chosen] = found_scale[chosen], found_zero_point[chosen]
+        dims = weight.dim()
+        levels = per_channel(2.0**bits - 1, dims)
+        return fake_quantize(weight, per_channel(scale, dims), per_channel(zero_point, dims), levels)
+
+    def _scales_at(self, site: str, width: int, observer: Observer) -> tuple[Tensor, Tensor]:
+        """Scales of every channel at one width: the candidates of a search differ only in who has which."""
+        key = (site, width, observer)
+        if key not in self._scales:
+            rows = self.weight(site).flatten(1)
+            self._scales[key] = search_scale(rows, torch.full((len(rows),), width), observer)
+        return self._scales[key]
+
+    def _inputs_at(self, site: str, width: int) -> list[Tensor]:
+        key = (site, width)
+        if key not in self._quantized_inputs:
+            inputs = list(self.inputs(site))
+            row = torch.cat([x.flatten() for x in inputs]).view(1, -1)
+            scale, zero_point = search_scale(row, torch.tensor([width]), Observer.MSE, INPUT_SEARCH_ELEMENTS)
+            self._quantized_inputs[key] = [fake_quantize(x, scale, zero_point, 2**width - 1) for x in inputs]
+        return self._quantized_inputs[key]

@@ -1,0 +1,266 @@
+"""The command line: each command reads its options, calls one function and prints what it returns."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from quantlab.errors import QuantlabError
+
+if TYPE_CHECKING:
+    from quantlab.recipe.load import LoadedRecipe
+    from quantlab.run import RunResult
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 plus the signal's number, as in a shell."""
+
+app = typer.Typer(
+    help="Mixed-precision quantization of diffusion and vision models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+runs_app = typer.Typer(help="List run folders, and clean what was stored.", invoke_without_command=True)
+zoo_app = typer.Typer(help="The models that ship.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+app.add_typer(zoo_app, name="zoo")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or an installed recipe by name")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="override a value of the recipe")]
+ProfileOption = Annotated[str | None, typer.Option("--profile", help="a set of values of the recipe, such as smoke")]
+PluginOption = Annotated[list[Path], typer.Option("--plugin", help="folder of a plugin that is not installed")]
+RunsOption = Annotated[Path, typer.Option("--runs-dir", help="where run folders are written")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="more lines, and the traceback of an error")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="the result only")]
+JsonOption = Annotated[bool, typer.Option("--json", help="the result as JSON on standard output")]
+RUNS = Path("runs")
+
+
+@contextmanager
+def told(verbose: bool = False) -> Iterator[None]:
+    """Turn errors into one message and an exit code; with ``verbose``, the traceback as well."""
+    try:
+        yield
+    except QuantlabError as error:
+        if verbose:
+            traceback.print_exc()
+        _leave(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _leave("stopped; the same command goes on after the last finished stage or checkpoint", INTERRUPTED)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _load(recipe: str, overrides: list[str], plugins: list[Path], profile: str | None) -> LoadedRecipe:
+    from quantlab.plugins import load_registry
+    from quantlab.recipe.load import load_recipe
+
+    return load_recipe(recipe, overrides, load_registry(plugins), profile)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"quantlab {version('quantlab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Mixed-precision quantization of diffusion and vision models."""
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006  typer reads the default and never changes it
+    profile: ProfileOption = None,
+    plugins: PluginOption = [],  # noqa: B006
+    runs_dir: RunsOption = RUNS,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show sites, bits and size; compute nothing")] = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model as a recipe says, and measure the result."""
+    with told(verbose):
+        loaded = _load(recipe, overrides, plugins, profile)
+        from quantlab.report.console import make_console
+        from quantlab.run import RunOptions
+        from quantlab.run import run as run_recipe
+
+        console = make_console(verbose=verbose, quiet=quiet or as_json)
+        result = run_recipe(loaded, RunOptions(runs_dir, device, dtype, dry_run, console))
+        print(_as_json(result) if as_json else result.table())
+
+
+def _as_json(result: RunResult) -> str:
+    from dataclasses import asdict
+
+    from quantlab.store import json_text
+
+    return json_text({"folder": str(result.folder), "rows": [asdict(row) for row in result.rows]})
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str | None, typer.Argument(help="methods, policies, ..., recipes; everything without it")] = None,
+    plugins: PluginOption = [],  # noqa: B006
+) -> None:
+    """List what a recipe can choose from."""
+    with told():
+        from quantlab.plugins import load_registry
+        from quantlab.recipe.catalogue import catalogue
+
+        print(catalogue(load_registry(plugins), kind))
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|KIND|sites", help="a recipe, a kind, or the word sites")],
+    name: Annotated[str | None, typer.Argument(help="of that kind; after the word sites, a recipe")] = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="every value with where it came from")] = False,
+    overrides: SetOption = [],  # noqa: B006
+    profile: ProfileOption = None,
+    plugins: PluginOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
+) -> None:
+    """Show a recipe, the sites of its model, or one name of a kind: show policy uniform."""
+    with told(verbose):
+        if name is None:
+            loaded = _load(what, overrides, plugins, profile)
+            print(_resolved(loaded) if resolved else loaded.text)
+        elif what == "sites":
+            print(_sites(_load(name, overrides, plugins, profile)))
+        else:
+            print(_described(what, name, plugins))
+
+
+def _resolved(loaded: LoadedRecipe) -> str:
+    from quantlab.recipe.explain import explain
+
+    return explain(loaded)
+
+
+def _sites(loaded: LoadedRecipe) -> str:
+    from quantlab.run import site_table
+
+    return site_table(loaded)
+
+
+def _described(kind: str, name: str, plugins: list[Path]) -> str:
+    from quantlab.plugins import load_registry
+    from quantlab.recipe.catalogue import describe, kind_of
+
+    return describe(load_registry(plugins).find(kind_of(kind), name))
+
+
+@app.command()
+def validate(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    profile: ProfileOption = None,
+    plugins: PluginOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
+) -> None:
+    """Check keys, types, values, names and options of a recipe and its baselines; site patterns need --dry-run."""
+    with told(verbose):
+        loaded = _load(recipe, overrides, plugins, profile)
+        print(f"{loaded.path}: valid; method {loaded.recipe.method}, {len(loaded.recipe.baselines)} baselines")
+
+
+@runs_app.callback()
+def runs(context: typer.Context, runs_dir: RunsOption = RUNS) -> None:
+    """List run folders: recipe, time, state, size."""
+    context.obj = runs_dir
+    if context.invoked_subcommand is None:
+        with told():
+            from quantlab.store import list_runs
+
+            for record in list_runs(runs_dir):
+                state = "complete" if record.complete else "unfinished"
+                print(f"{record.path}  {record.created}  {state}  {record.size_bytes / 2**20:.1f} MiB")
+
+
+@runs_app.command()
+def clean(
+    context: typer.Context,
+    everything: Annotated[bool, typer.Option("--all", help="all stored stages, and the runs themselves")] = False,
+    runs_dir: Annotated[Path | None, typer.Option("--runs-dir", help="where run folders are written")] = None,
+) -> None:
+    """Delete stored stages that no run links to, and damaged ones."""
+    with told():
+        from quantlab.store import clean_runs
+
+        for path in clean_runs(runs_dir or context.obj, everything=everything):
+            print(f"deleted {path}")
+
+
+@app.command()
+def sample(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    number: Annotated[int, typer.Option("--number", min=1, help="how many images")] = 16,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the initial noise")] = 0,
+    output: Annotated[Path, typer.Option("--output", help="the PNG file to write")] = Path("samples.png"),
+    device: DeviceOption = "cpu",
+    verbose: VerboseOption = False,
+) -> None:
+    """Draw images from the quantized model of a run."""
+    with told(verbose):
+        from quantlab.run import sample as sample_run
+
+        print(sample_run(run_folder, number, seed, output, device))
+
+
+@app.command()
+def bench(
+    recipe: RecipeArgument,
+    plugins: PluginOption = [],  # noqa: B006
+    runs_dir: RunsOption = RUNS,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a matrix of recipes, methods and seeds, one after the other; what is there already is skipped."""
+    with told(verbose):
+        from quantlab.bench import bench as run_bench
+        from quantlab.plugins import load_registry
+        from quantlab.report.console import make_console
+
+        print(run_bench(recipe, load_registry(plugins), runs_dir, make_console(verbose=verbose, quiet=quiet)).table())
+
+
+@zoo_app.command("train")
+def zoo_train(
+    name: Annotated[str, typer.Argument(help="digits, digits-heavy or digits-classifier")],
+    output: Annotated[Path, typer.Option("--output", help="folder for the weights")] = Path("zoo"),
+) -> None:
+    """Train a model that ships once more; five to eight minutes on one core."""
+    with told():
+        from quantlab.zoo.train import train
+
+        print(train(name, output, _log))
+
+
+def _log(iteration: int, iterations: int, loss: float) -> None:
+    if iteration % max(1, iterations // 20) == 0:
+        print(f"{iteration}/{iterations}  loss {loss:.4f}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the ``quantlab`` command."""
+    app()

@@ -1,0 +1,1 @@
+"""Everything that crosses a hook: frozen dataclasses and abstract classes, no logic."""

@@ -1,0 +1,115 @@
+"""The contract between models and the engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Inputs = Mapping[str, "Tensor"]
+"""Keyword tensors of a network's forward; dimension 0 is the batch."""
+Run = Callable[[Inputs], "Tensor"]
+"""The network's forward on keyword tensors."""
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What the float network saw and said, S steps of N samples.
+
+    A classifier, or a module with batches of its own, has S = 1.
+
+    Attributes:
+        inputs: each keyword tensor [S, N, ...], as ``Task.predict`` takes them at a step.
+        outputs: the float prediction [S, N, ...], guidance included.
+    """
+
+    inputs: Inputs
+    outputs: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return self.outputs.shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.outputs.shape[1]
+
+    def step(self, index: int, samples: Tensor | slice) -> dict[str, Tensor]:
+        """The inputs of one step for some of the samples."""
+        return {name: value[index, samples] for name, value in self.inputs.items()}
+
+
+class Task(ABC):
+    """A network with what the engine must know about it.
+
+    Attributes:
+        network: the module to quantize.
+        timestep_input: the keyword that carries the timestep, or None.
+        static: non-tensor keywords that every call of forward gets.
+    """
+
+    network: nn.Module
+    timestep_input: str | None
+    static: Mapping[str, object]
+
+    @abstractmethod
+    def example_inputs(self, batch: int) -> dict[str, Tensor]:
+        """Keyword tensors for one forward of the network; no two of them the same object."""
+
+    @abstractmethod
+    def network_inputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What one call of the network gets for these samples; guidance doubles the batch ([uncond; cond])."""
+
+    @abstractmethod
+    def combine(self, output: Tensor, inputs: Inputs) -> Tensor:
+        """The prediction from the network's output on ``network_inputs(inputs)``."""
+
+    @abstractmethod
+    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+        """Record what the float network sees and says: along its sampling trajectory for a denoiser."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are compared with.
+
+    Attributes:
+        features: of the real images [M, F].
+        name: of the set, for the protocol.
+    """
+
+    features: Tensor
+    name: str
+
+
+class GenerativeTask(Task):
+    """A denoiser that draws images, and a network that judges them."""
+
+    @abstractmethod
+    def draw_noise(self, count: int, seed: int) -> Tensor:
+        """Initial noise [count, C, H, W]; an image's noise depends on the seed and its index alone."""
+
+    @abstractmethod
+    def labels(self, count: int) -> Tensor:
+        """The class of each image of an evaluation, int64 [count]."""
+
+    @abstractmethod
+    def sample(self, run: Run, noise: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] from initial noise; ``seed`` is of the noise that eta > 0 adds."""
+
+    @abstractmethod
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, F] and class logits [B, K] of images."""
+
+    @abstractmethod
+    def reference(self) -> Reference:
+        """The features of the real images."""

@@ -1,0 +1,50 @@
+"""The contract of a quantizer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from quantlab.contracts.quant import QParams, QuantSpec
+
+
+class Quantizer(nn.Module):
+    """Quantizes one tensor: a weight, or the input of a site.
+
+    Life: ``from_spec``, ``observe`` any number of times, ``freeze`` once, then ``forward``. Loading a state dict into
+    a new quantizer of the same spec stands for ``observe`` and ``freeze``.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    version: ClassVar[int] = 1
+    Config: ClassVar[type[BaseModel]]
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: QuantSpec, bits: int | Tensor, config: BaseModel) -> Quantizer:
+        """A quantizer without a range yet; ``bits`` is an int, or int8 [out] for a per-channel weight."""
+
+    @abstractmethod
+    def observe(self, x: Tensor, timestep: Tensor | None = None) -> None:
+        """Take x [B, ...] into account; ``timestep`` [B] is needed by a per-timestep quantizer."""
+
+    @abstractmethod
+    def freeze(self) -> None:
+        """Turn what was observed into parameters."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """Quantize and dequantize: the shape and dtype of x."""
+
+    def round_parameters(self) -> None:  # noqa: B027  a quantizer without zero points has nothing to round
+        """Put parameters that forward rounds at their rounded values, in place; forward gives the same as before."""
+
+    @abstractmethod
+    def qparams(self) -> QParams | None:
+        """What is stored, or None for a format that cannot be packed."""

@@ -1,0 +1,115 @@
+"""The sections of a recipe: each a frozen pydantic model that forbids unknown keys.
+
+They are the settings that cross from the recipe to the stages: a stage gets its own section, never the whole recipe.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from quantlab.contracts.config import Strict
+from quantlab.contracts.quant import Observer
+
+
+class Choice(Strict):
+    """A plugin by name, with its options. In YAML: ``name`` or ``{name: {option: value}}``."""
+
+    name: str
+    options: dict[str, object] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, options),) = value.items()
+            return {"name": name, "options": options or {}}
+        return value
+
+
+class Model(Strict):
+    """Which model."""
+
+    source: str = Field(default="builtin", description="the plugin that loads it")
+    name: str = Field(description="the model's name at that source")
+
+
+class Keep(Strict):
+    """Sites with bits of their own, outside the budget."""
+
+    match: str = Field(description="glob over site names")
+    bits: Annotated[int, Field(ge=1, le=8)] | Literal["float"] = Field(description="of weights and activations")
+    optional: bool = Field(default=False, description="a pattern that matches nothing is no error")
+
+
+class Budget(Strict):
+    """What the sites that may be allocated may cost."""
+
+    weight_bits: int = Field(ge=1, le=8, description="parameter-weighted mean bits of the weights")
+    activation_bits: int = Field(ge=2, le=8, description="bits of the activations")
+    extra_bit_fraction: float = Field(default=0.0, ge=0, le=1, description="share of channels with one more bit")
+
+
+class Sampling(Strict):
+    """How images are drawn, for calibration, tuning and evaluation alike."""
+
+    scheduler: Literal["ddim"] = "ddim"
+    steps: int = Field(default=20, ge=1, le=1000)
+    eta: float = Field(default=0.0, ge=0, le=1)
+    guidance: float = Field(default=1.0, ge=0, description="1 is no classifier-free guidance")
+
+
+class Calibrate(Strict):
+    """What the float model is recorded on."""
+
+    trajectories: int = Field(default=256, ge=1, description="float sampling trajectories recorded")
+    samples: int = Field(default=16, ge=1, description="of them, how many give activation ranges and scores, at each step")
+
+
+class Weights(Strict):
+    """How weights are quantized."""
+
+    quantizer: Choice = Choice(name="affine")
+    observer: Observer = Observer.MSE
+    round_zero_point: bool = True
+
+
+class Activations(Weights):
+    """How the inputs of sites are quantized."""
+
+    per_timestep: bool = Field(default=False, description="a scale for each calibrated timestep")
+    share_start: bool = Field(default=False, description="all timesteps start from one range")
+
+
+class InputsFrom(StrEnum):
+    """What a site sees while its scales and bits are found."""
+
+    TEACHER = "teacher"
+    QUANTIZED_UPSTREAM = "quantized_upstream"
+
+
+class Tune(Strict):
+    """How quantizers and adapters are trained after assignment."""
+
+    tuner: Choice | None = Field(default=None, description="none: post-training quantization")
+    iterations: int = Field(default=0, ge=0, description="optimizer steps; one is one denoising step of one batch")
+    batch: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, description="of the low-rank adapters")
+    adapter_learning_rate: float | None = Field(default=None, gt=0, description="none: mean scale of the layer / 2500")
+    weight_learning_rate: float = Field(default=1e-6, ge=0, description="of scales and zero points of weights")
+    activation_learning_rate: float = Field(default=5e-4, ge=0, description="of scales and zero points of activations")
+    losses: tuple[Choice, ...] = (Choice(name="mse"),)
+
+
+class Evaluate(Strict):
+    """How the result is measured."""
+
+    samples: int = Field(default=1000, ge=2)
+    batch: int = Field(default=250, ge=1)
+    metrics: tuple[str, ...] = ("fid", "fid-to-teacher", "is", "precision-recall", "accuracy", "paired-error")
+    noise_seed: int = Field(default=5, ge=0, description="of the initial noise; the same for every method")
+    grid: int = Field(default=16, ge=0, description="images in the sample grid")

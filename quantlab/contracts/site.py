@@ -1,0 +1,70 @@
+"""What can be quantized: sites and their slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class SiteKind(StrEnum):
+    """The operation at a site."""
+
+    CONV = "conv"
+    LINEAR = "linear"
+    MATMUL = "matmul"
+    ATTENTION = "attention"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One quantizable input of a site.
+
+    Attributes:
+        name: "input", or for several inputs their role ("query", "input.0", ...).
+        shape: the tensor's shape at batch 1 in the captured example.
+        call_index: which call of the site in one forward this is; 0 unless a module is called more than once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    call_index: int = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizable operation.
+
+    Attributes:
+        name: the module's own path, "up_blocks.0.resnets.1.conv1"; recipe patterns match this.
+        kind: what the operation is.
+        weight_shape: [out, in / groups, *kernel], or None for an operation without a weight.
+        macs: multiply-accumulates of one forward at batch 1, all calls together.
+        slots: the quantizable inputs.
+        tags: roles found from the graph: "first", "last", "time_embed", "skip", "attention.query", ...
+        block: path of the block that holds the site ("up_blocks.2"), or the site's own name outside any block.
+        groups: groups of a convolution.
+    """
+
+    name: str
+    kind: SiteKind
+    weight_shape: tuple[int, ...] | None
+    macs: int
+    slots: tuple[Slot, ...]
+    tags: frozenset[str] = field(default_factory=frozenset)
+    block: str = ""
+    groups: int = 1
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels of the weight; 0 without one."""
+        return self.weight_shape[0] if self.weight_shape else 0
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights."""
+        if not self.weight_shape:
+            return 0
+        count = 1
+        for size in self.weight_shape:
+            count *= size
+        return count

@@ -1,0 +1,163 @@
+"""Losses, adapters and tuners."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from pydantic import BaseModel
+    from torch import Tensor, nn
+
+    from quantlab.contracts.model import CalibrationSet, Inputs, Progress, Task
+    from quantlab.contracts.sections import Tune
+    from quantlab.contracts.site import Site
+
+OUTPUT = "output"
+"""The tap that is always there: the model's own prediction."""
+
+
+class ConvAdapter(StrEnum):
+    """The shape of a low-rank adapter's second factor at a convolution; the first has the layer's own kernel."""
+
+    POINTWISE = "pointwise"
+    """B is [out, rank, 1, 1]: one product for all kernel taps (EfficientDM)."""
+    PER_TAP = "per_tap"
+    """B is [out, rank, k, k]: a product for each kernel tap (the released MPQ-DM code)."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A low-rank adapter: W0 + B A."""
+
+    rank: int
+    conv: ConvAdapter = ConvAdapter.POINTWISE
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where a tuner is.
+
+    Attributes:
+        timestep: the batch's timesteps [B], or None without a denoiser.
+        step_index: position in the sampler, 0 is the noisiest.
+        num_steps: sampler steps.
+        rng: the only source of randomness a loss may use.
+    """
+
+    timestep: Tensor | None
+    step_index: int
+    num_steps: int
+    rng: torch.Generator
+
+
+class Loss(ABC):
+    """A calibration loss between student and teacher.
+
+    Reductions: a sum over everything, as in the released code, unless its Config says otherwise.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    version: ClassVar[int] = 1
+    Config: ClassVar[type[BaseModel]]
+
+    @abstractmethod
+    def __init__(self, config: BaseModel) -> None: ...
+
+    def taps(self, sites: Sequence[Site]) -> tuple[str, ...]:
+        """Module paths whose outputs the loss needs besides OUTPUT."""
+        return ()
+
+    def reset(self) -> None:  # noqa: B027  a loss without memory has nothing to forget
+        """Forget earlier steps: a new trajectory begins."""
+
+    @abstractmethod
+    def __call__(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], step: StepContext
+    ) -> Tensor | None:
+        """A 0-dim loss, or None when there is nothing at this step.
+
+        ``student`` and ``teacher`` map OUTPUT and the taps to [B, C, H, W] (or [B, ...]) tensors; the teacher's are
+        detached, the student's attached.
+        """
+
+
+TappedRun = Callable[["Inputs"], tuple["Tensor", Mapping[str, "Tensor"]]]
+"""A network's forward that also returns the taps by module path."""
+
+
+class Checkpoint(ABC):
+    """Where a tuner keeps what it needs to go on after a kill."""
+
+    @abstractmethod
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The number of iterations done and the tensors saved then, or None at the start."""
+
+    @abstractmethod
+    def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        """Replace what was saved, atomically."""
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """What a tuner gets.
+
+    Attributes:
+        task: the network's contract: how inputs are doubled and predictions combined under guidance.
+        layers: the quantized layers that may be trained, by site, in the graph's order, adapters in place.
+        student: the quantized network's forward with taps.
+        teacher: the float network's forward with taps.
+        calibration: the recorded trajectories.
+        losses: each weighted by its own Config; they are summed.
+        settings: the recipe's ``tune`` section.
+        seed: all randomness derives from it and the epoch.
+        checkpoint: for resuming.
+        progress: called after every iteration.
+    """
+
+    task: Task
+    layers: Mapping[str, nn.Module]
+    student: TappedRun
+    teacher: TappedRun
+    calibration: CalibrationSet
+    losses: Sequence[Loss]
+    settings: Tune
+    seed: int
+    checkpoint: Checkpoint
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a tuner returns; the trained parameters are in the layers.
+
+    Attributes:
+        history: the loss of every iteration, by loss name and as "total"; NaN where a loss had nothing to say.
+    """
+
+    history: Mapping[str, Sequence[float]]
+
+
+class Tuner(ABC):
+    """Trains the quantized network."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    version: ClassVar[int] = 1
+    Config: ClassVar[type[BaseModel]]
+
+    @abstractmethod
+    def __init__(self, config: BaseModel) -> None: ...
+
+    @abstractmethod
+    def adapter(self, settings: Tune) -> AdapterSpec | None:
+        """The adapter the engine puts into every layer that may be trained, or None."""
+
+    @abstractmethod
+    def tune(self, job: TuneJob) -> TuneResult:
+        """Train in place; raises NonFiniteError naming the first bad site."""

@@ -1,0 +1,73 @@
+"""Errors that a user sees: each says what is wrong, where, what came, what is allowed and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuantlabError(Exception):
+    """Base of every error meant for a person; printed without a traceback.
+
+    Args:
+        what: one sentence that says what is wrong.
+        where: file and line, site, plugin or path.
+        got: the value that was found.
+        allowed: the values that would be right.
+        next_step: what to do now.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        allowed: str | None = None,
+        next_step: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.allowed, self.next_step = what, where, got, allowed, next_step
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """The whole message, a line a part."""
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        lines += [f"  got: {self.got}"] if self.got is not None else []
+        lines += [f"  allowed: {self.allowed}"] if self.allowed else []
+        lines += [f"  next: {self.next_step}"] if self.next_step else []
+        return "\n".join(lines)
+
+
+class RecipeError(QuantlabError):
+    """A recipe, or an option given on the command line, is wrong."""
+
+    exit_code = 2
+
+
+class PluginError(QuantlabError):
+    """A plugin cannot be loaded, or broke its hook's contract."""
+
+
+class ModelError(QuantlabError):
+    """A model cannot be loaded or does not fit its description."""
+
+
+class CaptureError(QuantlabError):
+    """A model cannot be captured as one graph, or is called in a way its graph does not cover."""
+
+
+class ArtefactError(QuantlabError):
+    """A file of a run is missing, truncated, foreign or newer than this version reads."""
+
+
+class NonFiniteError(QuantlabError):
+    """A tensor holds NaN or infinity; the message names the first site where it does."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """A next step that offers the closest of the known names, or None when nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f'did you mean "{close[0]}"?' if close else None

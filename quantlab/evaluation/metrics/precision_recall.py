@@ -1,0 +1,74 @@
+"""Improved precision and recall with k-nearest-neighbour manifolds."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from quantlab.contracts.config import Strict
+from quantlab.evaluation.samples import ImageMetric, SampleSet
+
+
+class PrecisionRecallConfig(Strict):
+    """Options of precision and recall."""
+
+    neighbours: int = Field(default=3, ge=1, description="k of the manifold's radius")
+
+
+class ManifoldPrecisionRecall(Metric):
+    """Share of generated features inside the real manifold, and of real ones inside the generated manifold.
+
+    A set's manifold is the union of balls around its points that reach their k-th nearest other point
+    (Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2).
+    """
+
+    full_state_update = False
+    real: list[Tensor]
+    generated: list[Tensor]
+
+    def __init__(self, neighbours: int = 3) -> None:
+        super().__init__()
+        self.neighbours = neighbours
+        self.add_state("real", [], dist_reduce_fx="cat")
+        self.add_state("generated", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, real: bool) -> None:
+        """Add features [B, F] to one of the two sets."""
+        (self.real if real else self.generated).append(features.double())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Precision and recall, 0 to 1."""
+        real, generated = dim_zero_cat(self.real), dim_zero_cat(self.generated)
+        distance = torch.cdist(generated, real, compute_mode="donot_use_mm_for_euclid_dist")
+        precision = (distance <= self._radii(real)[None, :]).any(1).double().mean()
+        recall = (distance <= self._radii(generated)[:, None]).any(0).double().mean()
+        return precision, recall
+
+    def _radii(self, points: Tensor) -> Tensor:
+        """Distance of each point to its k-th nearest other point."""
+        distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+        return distance.kthvalue(min(self.neighbours + 1, len(points)), dim=1).values
+
+
+class PrecisionRecall(ImageMetric):
+    """How much of what is generated looks real, and how much of what is real is generated."""
+
+    name: ClassVar[str] = "precision-recall"
+    paper: ClassVar[str | None] = "Kynkäänniemi et al. 2019, arXiv 1904.06991"
+    Config = PrecisionRecallConfig
+
+    def __init__(self, config: PrecisionRecallConfig) -> None:
+        self.config = config
+
+    def compute(self, samples: SampleSet) -> dict[str, float]:
+        """``precision`` and ``recall``."""
+        metric = ManifoldPrecisionRecall(self.config.neighbours)
+        metric.update(samples.reference_features, real=True)
+        metric.update(samples.features, real=False)
+        precision, recall = metric.compute()
+        return {"precision": precision.item(), "recall": recall.item()}

@@ -1,0 +1,131 @@
+"""The hooks: the manual of a plugin's author.
+
+A plugin is a Python package with an entry point in the group ``quantlab`` that names its module::
+
+    [project.entry-points.quantlab]
+    mymethod = "quantlab_mymethod"
+
+The module holds functions marked with ``@quantlab.hookimpl`` and named as below. Each returns classes; a recipe chooses
+among them by their ``name``, and the engine calls the class it chose. The functions run when a name of their kind is
+first looked up, so heavy imports belong inside them: listing methods then stays fast.
+
+Every class has
+
+- ``name``: how recipes call it, in lower case with dashes;
+- ``Config``: a ``quantlab.Strict`` model of its options, checked when the recipe is read (passes, policies,
+  quantizers, losses and tuners);
+- ``paper``: where it was published, or None;
+- ``version``: an integer, raised whenever its numbers change, so that stored results are not reused;
+- a docstring whose first line ``quantlab list`` prints.
+
+A function may leave out arguments it does not need. Two plugins must not give one name; a plugin that fails to load is
+set aside and reported only to a person who asks for something that nobody else provides. ``QUANTLAB_TRACE_PLUGINS=1``
+prints every registration and call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quantlab.contracts.allocation import BitPolicy
+    from quantlab.contracts.event import StageEvent
+    from quantlab.contracts.method import Method
+    from quantlab.contracts.passes import SmoothingPass
+    from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.tuning import Loss, Tuner
+
+PROJECT = "quantlab"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a plugin's function as the implementation of the hook of the same name."""
+
+
+# In the order of a run: what is to be done, on which model, with which parts, measured how.
+
+
+@hookspec
+def quantlab_methods() -> Iterable[Method]:  # type: ignore[empty-body]
+    """Methods: a paper's choices as a fragment of a recipe.
+
+    Returns what ``quantlab.method_from_yaml`` reads from the plugin's own files. A recipe names one in ``method`` and
+    others in ``baselines``; whatever the recipe sets itself wins over the fragment.
+    """
+
+
+@hookspec
+def quantlab_models() -> Iterable[type]:  # type: ignore[empty-body]
+    """Model sources: where a recipe's ``model.source`` leads.
+
+    The engine calls ``load`` of the class with the model's name and the recipe's sampling section, and gets the task:
+    the network with its inputs, its calibration and its evaluation.
+    """
+
+
+@hookspec
+def quantlab_passes() -> Iterable[type[SmoothingPass]]:  # type: ignore[empty-body]
+    """Per-channel scales between activation and weight, before bits are allocated; the recipe's ``passes``, in order.
+
+    The engine builds the class with its Config and calls ``scales(weight_absmax, input_absmax)`` for each site. It
+    returns a positive scale for each input channel; weights are multiplied by it and inputs divided, and the engine
+    checks that the float function stays the same.
+    """
+
+
+@hookspec
+def quantlab_bit_policies() -> Iterable[type[BitPolicy]]:  # type: ignore[empty-body]
+    """Bit policies: who gets how many bits; the recipe's ``allocate``, each starting from what the one before gave.
+
+    The engine builds the class with its Config and calls ``allocate(problem)`` once. It gets an ``AllocationProblem``
+    and returns a ``BitMap`` within the budget, unchanged for sites it was not asked about, and the same again under the
+    same generator. A policy never changes a module or a graph.
+    """
+
+
+@hookspec
+def quantlab_quantizers() -> Iterable[type[Quantizer]]:  # type: ignore[empty-body]
+    """Quantizers: how a tensor becomes integers; the recipe's ``weights.quantizer`` and ``activations.quantizer``.
+
+    The engine calls ``from_spec(spec, bits, config)``, then ``observe`` with what passes there, ``freeze`` once, and
+    from then on ``forward``, whose result has the shape and dtype of its input. ``qparams()`` says what is stored; None
+    means that the format cannot be packed.
+    """
+
+
+@hookspec
+def quantlab_tuners() -> Iterable[type[Tuner]]:  # type: ignore[empty-body]
+    """Tuners: how quantizers and adapters are trained after their first values are found; ``tune.tuner``.
+
+    The engine builds the class with its Config, puts what ``adapter(settings)`` asks for into every layer that may be
+    trained, and calls ``tune(job)``, which trains in place and returns the history of its losses. It saves through
+    ``job.checkpoint``, so that a killed run goes on to the same result.
+    """
+
+
+@hookspec
+def quantlab_losses() -> Iterable[type[Loss]]:  # type: ignore[empty-body]
+    """Calibration losses between the quantized student and the float teacher; the recipe's ``tune.losses``.
+
+    The engine builds the class with its Config, asks ``taps(sites)`` for the module paths whose outputs it wants, calls
+    ``reset()`` at the start of each trajectory and the loss itself at each step. It returns a 0-dim tensor with a
+    gradient towards the student, or None when there is nothing at this step.
+    """
+
+
+@hookspec
+def quantlab_metrics() -> Iterable[type]:  # type: ignore[empty-body]
+    """Metrics: how results are measured; the recipe's ``evaluate.metrics``. Each is a ``torchmetrics.Metric``."""
+
+
+@hookspec
+def quantlab_event(event: StageEvent) -> None:
+    """Told after each stage of a run, plugin by plugin; returns nothing, and a failure is reported and ignored.
+
+    Args:
+        event: the stage, how it ended, how long it took and where its artefact lies.
+    """

@@ -1,0 +1,1 @@
+"""A Task from a source, and nothing else."""

@@ -1,0 +1,143 @@
+"""The models that ship, as tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from quantlab.contracts.config import Strict
+from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run
+from quantlab.contracts.sections import Model, Sampling
+from quantlab.errors import ModelError, RecipeError, nearest
+from quantlab.sampling import SampleStep, Schedule
+from quantlab.zoo import digits
+from quantlab.zoo.train import noise_schedule
+
+
+class BuiltinConfig(Strict):
+    """The zoo's models have no options."""
+
+
+class BuiltinSource:
+    """The small trained models that ship with quantlab."""
+
+    name: ClassVar[str] = "builtin"
+    paper: ClassVar[str | None] = None
+    version: ClassVar[int] = 1
+    Config = BuiltinConfig
+
+    def load(self, model: Model, sampling: Sampling) -> DigitsTask:
+        """A task by the model's name.
+
+        Raises:
+            RecipeError: no model has this name.
+            ModelError: its weights cannot be read.
+        """
+        if model.name not in digits.INITIALISATIONS:
+            known = ", ".join(digits.INITIALISATIONS)
+            raise RecipeError(
+                "there is no such model",
+                where="model.name",
+                got=model.name,
+                allowed=known,
+                next_step=nearest(model.name, digits.INITIALISATIONS),
+            )
+        return DigitsTask(model.name, sampling)
+
+
+class DigitsTask(GenerativeTask):
+    """A class-conditional denoiser of 8x8 digits, with classifier-free guidance."""
+
+    def __init__(self, name: str, sampling: Sampling) -> None:
+        self.name = name
+        try:
+            self.network = digits.load_unet(name)
+            self.classifier = digits.load_classifier()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ModelError(
+                "the weights cannot be read",
+                where=str(digits.weights_path(name)),
+                got=str(error).splitlines()[0],
+                next_step="install quantlab again, or train it: quantlab zoo train " + name,
+            ) from error
+        self.timestep_input = "timestep"
+        self.static: Mapping[str, object] = {"return_dict": False}
+        self.schedule = Schedule(noise_schedule(), sampling)
+
+    @property
+    def guidance(self) -> float:
+        """1 is none."""
+        return self.schedule.settings.guidance
+
+    def example_inputs(self, batch: int) -> dict[str, Tensor]:
+        """Noise at spread timesteps."""
+        rng = torch.Generator().manual_seed(0)
+        return {
+            "sample": torch.randn(batch, *digits.IMAGE_SHAPE, generator=rng),
+            "timestep": torch.arange(batch) * 37 % digits.TRAIN_TIMESTEPS,
+            "class_labels": torch.arange(batch) % digits.NUM_CLASSES,
+        }
+
+    def network_inputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        """With guidance, the samples without class and then with it, in one batch."""
+        if self.guidance == 1.0:
+            return dict(inputs)
+        doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        doubled["class_labels"][: len(inputs["class_labels"])] = digits.NULL_CLASS
+        return doubled
+
+    def combine(self, output: Tensor, inputs: Inputs) -> Tensor:
+        """u + g (c - u) (classifier-free guidance, arXiv 2207.12598)."""
+        if self.guidance == 1.0:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def predict(self, run: Run, inputs: Inputs) -> Tensor:
+        """The noise prediction, guidance included."""
+        return self.combine(run(self.network_inputs(inputs)), inputs)
+
+    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+        """Trajectories from noise to image, classes in turn."""
+        noise = torch.randn(num_samples, *digits.IMAGE_SHAPE, generator=rng)
+        steps: list[SampleStep] = []
+
+        def keep(step: SampleStep) -> None:
+            steps.append(step)
+            progress(step.index + 1, self.schedule.settings.steps)
+
+        with torch.no_grad():
+            conditions = {"class_labels": self.labels(num_samples)}
+            self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng, keep)
+        inputs = {name: torch.stack([step.inputs[name] for step in steps]) for name in steps[0].inputs}
+        return CalibrationSet(inputs, torch.stack([step.prediction for step in steps]))
+
+    def draw_noise(self, count: int, seed: int) -> Tensor:
+        """Normal noise [count, 1, 8, 8]."""
+        return torch.randn(count, *digits.IMAGE_SHAPE, generator=torch.Generator().manual_seed(seed))
+
+    def labels(self, count: int) -> Tensor:
+        """Classes in turn: 0, 1, ..., 9, 0, ..."""
+        return torch.arange(count) % digits.NUM_CLASSES
+
+    def sample(self, run: Run, noise: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Images [B, 1, 8, 8], clamped to [-1, 1]."""
+        rng = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            conditions = {"class_labels": labels}
+            images = self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng)
+        return images.clamp(-1, 1)
+
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden activations [B, 64] and logits [B, 10] of the digits classifier."""
+        with torch.no_grad():
+            features = self.classifier.features(images)
+            return features, self.classifier.head(features)
+
+    def reference(self) -> Reference:
+        """All 1,797 scans."""
+        return Reference(self.judge(digits.load_images()[0])[0], "digits: load_digits, 1797 images")

@@ -1,0 +1,1 @@
+"""Quantizer arithmetic, quantizers, quantized layers and accounting."""

@@ -1,0 +1,35 @@
+"""Low-rank adapters: W0 + B A."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.contracts.tuning import AdapterSpec, ConvAdapter
+
+
+class LowRankAdapter(nn.Module):
+    """The two factors of a weight's change; the second starts at zero, so the change does too.
+
+    Linear: A [rank, in], B [out, rank]. Convolution: A [rank, in / groups, *kernel], and B [out, rank, 1, 1]
+    (EfficientDM) or B [out, rank, *kernel] with one product for each kernel tap (released MPQ-DM).
+    """
+
+    def __init__(self, weight: Tensor, spec: AdapterSpec, rng: torch.Generator) -> None:
+        super().__init__()
+        kernel = weight.shape[2:]
+        a = torch.empty(spec.rank, weight[0].numel())
+        # The start of torch's own linear layers: uniform with bound 1 / sqrt(fan in).
+        bound = 1 / math.sqrt(a.shape[1])
+        a.uniform_(-bound, bound, generator=rng)
+        tail = kernel if spec.conv is ConvAdapter.PER_TAP else (1,) * len(kernel)
+        self.A = nn.Parameter(a.view(spec.rank, *weight.shape[1:]).to(weight), requires_grad=False)
+        self.B = nn.Parameter(weight.new_zeros(weight.shape[0], spec.rank, *tail), requires_grad=False)
+
+    def delta(self) -> Tensor:
+        """The change of the weight, in the weight's shape."""
+        if self.B.dim() == 2 or self.B[0, 0].numel() == 1:
+            return (self.B.flatten(1) @ self.A.flatten(1)).view(self.B.shape[0], *self.A.shape[1:])
+        return torch.einsum("orhw,rihw->oihw", self.B, self.A)

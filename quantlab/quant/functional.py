@@ -1,0 +1,172 @@
+"""Quantizer arithmetic: everything that turns numbers into codes and back.
+
+x_hat = scale * (q - zero_point), with integer codes q in [0, quant_max]. Rounding is half to even throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlab.contracts.quant import Observer
+from quantlab.errors import NonFiniteError
+
+NUM_CANDIDATES = 80
+"""Shrunken ranges that the MSE search tries: 1.00, 0.99, ..., 0.21 of the full range."""
+MSE_POWER = 2.4
+"""Exponent of the error that the MSE search minimises."""
+_CHUNK_ELEMENTS = 1 << 18
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Keeps x itself for backward and computes the rest again: one saved copy, which the caller holds anyway."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(x, scale, zero_point, quant_max)
+        codes = torch.round(x / scale).add_(zero_point).clamp_(torch.zeros_like(quant_max), quant_max)
+        return codes.sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+        (gradient,) = gradients
+        x, scale, zero_point, quant_max = ctx.saved_tensors
+        ratio = x / scale
+        codes = torch.round(ratio).add_(zero_point)
+        # Inclusive borders: a code that lands on one keeps its gradient, as clamp's does.
+        inside = (codes >= 0) & (codes <= quant_max)
+        for_x = for_scale = for_zero_point = None
+        if ctx.needs_input_grad[1]:
+            centred = codes.clamp_(torch.zeros_like(quant_max), quant_max).sub_(zero_point)
+            for_scale = (gradient * (centred - ratio * inside)).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[2]:
+            for_zero_point = (gradient * ~inside * -scale).sum_to_size(zero_point.shape)
+        if ctx.needs_input_grad[0]:
+            for_x = gradient * inside
+        return for_x, for_scale, for_zero_point, None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_max: int | Tensor,
+    *,
+    round_zero_point: bool = False,
+) -> Tensor:
+    """Quantize and dequantize x.
+
+    Args:
+        x: any shape.
+        scale: broadcasts against x; see ``per_channel``.
+        zero_point: broadcasts against x; may be fractional.
+        quant_max: largest code; a tensor gives every channel its own number of levels, so that a layer of 1-, 2- and
+            3-bit channels is one call.
+        round_zero_point: use the rounded zero point, with a straight-through gradient.
+
+    Returns:
+        scale * (clamp(round(x / scale) + zero_point, 0, quant_max) - zero_point), the shape and dtype of x.
+        Gradients (LSQ, arXiv 1902.08153, without its scaling): for x, 1 inside the range and 0 outside; for the
+        scale, q - zero_point - x / scale inside and q - zero_point outside; for the zero point, 0 inside and -scale
+        outside.
+    """
+    if round_zero_point:
+        zero_point = zero_point + (torch.round(zero_point) - zero_point).detach()
+    levels = quant_max if isinstance(quant_max, Tensor) else torch.tensor(quant_max, device=x.device)
+    return _FakeQuantize.apply(x, scale, zero_point, levels.to(scale.dtype))  # type: ignore[no-any-return]
+
+
+def per_channel(values: Tensor, dims: int, axis: int = 0) -> Tensor:
+    """Shape values [C] so that they broadcast along ``axis`` of a tensor with ``dims`` dimensions."""
+    shape = [1] * dims
+    shape[axis] = -1
+    return values.view(shape)
+
+
+def search_scale(
+    rows: Tensor, bits: Tensor, observer: Observer, max_elements: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every row.
+
+    Args:
+        rows: [R, n], finite.
+        bits: integer [R], 1 to 8.
+        observer: how the range of a row is found.
+        max_elements: the MSE search judges candidates on about this many evenly spaced elements of a longer row; the
+            range itself is always that of the whole row.
+
+    Returns:
+        scale and zero point, float32 [R]; zero points are integers but may lie outside the codes' range.
+
+    Raises:
+        NonFiniteError: a row holds NaN or infinity.
+    """
+    rows = rows.float()
+    low, high = rows.amin(1), rows.amax(1)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise NonFiniteError("a tensor to be quantized holds NaN or infinity", where="scale search")
+    quant_max = (2.0 ** bits.to(rows.device)) - 1
+    match observer:
+        case Observer.MIN_MAX:
+            return _from_range(low, high, quant_max)
+        case Observer.SCALED_MIN_MAX:
+            factor = (bits.to(rows.device).double() + 2) / 8
+            return _from_range(low * factor, high * factor, quant_max)
+        case Observer.MSE:
+            stride = max(1, rows.shape[1] // max_elements) if max_elements else 1
+            return _mse_search(rows[:, ::stride].contiguous(), low, high, quant_max)
+
+
+def _from_range(low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
+    """The range widened to hold 0, computed in float64."""
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    scale = ((high - low) / quant_max).clamp(min=1e-8)
+    return scale.float(), torch.round(-low / scale).float()
+
+
+def _mse_search(rows: Tensor, low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
+    """Best of 80 shrunken ranges by mean |x - x_hat|^2.4; the first of equals wins."""
+    scales, zero_points = torch.empty_like(low), torch.empty_like(low)
+    height = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), height):
+        part = slice(start, start + height)
+        scales[part], zero_points[part] = _mse_search_chunk(rows[part], low[part], high[part], quant_max[part])
+    # A constant row has no range to shrink: one step reaches its value exactly.
+    constant = high == low
+    value = torch.where(low == 0, torch.ones_like(low), low)
+    scales = torch.where(constant, value.abs(), scales)
+    zero_points = torch.where(constant, (low < 0).float(), zero_points)
+    return scales, zero_points
+
+
+def _mse_search_chunk(rows: Tensor, low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
+    best = torch.full_like(low, torch.inf)
+    best_scale, best_zero_point = torch.ones_like(low), torch.zeros_like(low)
+    levels = quant_max[:, None]
+    for index in range(NUM_CANDIDATES):
+        factor = torch.tensor(1.0 - 0.01 * index, dtype=torch.float32, device=rows.device)
+        scale = (high * factor - low * factor) / quant_max
+        zero_point = torch.round(-(low * factor) / scale)
+        column, offset = scale[:, None], zero_point[:, None]
+        codes = torch.round(rows / column).add_(offset).clamp_(torch.zeros_like(levels), levels)
+        error = codes.sub_(offset).mul_(column).sub_(rows).abs_().pow_(MSE_POWER).mean(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero_point = torch.where(better, zero_point, best_zero_point)
+    return best_scale, best_zero_point
+
+
+def smoothing_scale(weight_absmax: Tensor, input_absmax: Tensor, alpha: float) -> Tensor:
+    """Scales [in] = input_absmax^alpha / weight_absmax^(1 - alpha); a channel that is dead on either side keeps 1.
+
+    The weight is multiplied by them and the input by their reciprocals (SmoothQuant, arXiv 2211.10438, equation 4;
+    MPQ-DM uses alpha = 0.5).
+    """
+    ratio = (
+        torch.sqrt(input_absmax / weight_absmax)
+        if alpha == 0.5
+        else input_absmax.pow(alpha) / weight_absmax.pow(1 - alpha)
+    )
+    alive = (weight_absmax > 0) & (input_absmax > 0) & torch.isfinite(ratio) & (ratio > 0)
+    return torch.where(alive, ratio, torch.ones_like(ratio))

@@ -1,0 +1,149 @@
+"""Checks resolved values against the schema and the plugins' Configs; every error has a file and a line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from quantlab.contracts.sections import Choice
+from quantlab.errors import RecipeError, nearest
+from quantlab.plugins import Kind, Registry
+from quantlab.recipe.layers import KeyPath, Node
+from quantlab.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+def check(model: type[AnyModel], root: Node, at: KeyPath = (), value: object = None) -> AnyModel:
+    """Validate against a pydantic model.
+
+    Args:
+        model: the model class.
+        root: the whole recipe, for the origins.
+        at: where in the recipe the value stands.
+        value: what to validate; the value at ``at`` without it.
+
+    Raises:
+        RecipeError: what is wrong, with its file and line, the value, what is allowed and the nearest spelling.
+    """
+    try:
+        return model.model_validate(root.reach(at)[0].plain if value is None else value)
+    except ValidationError as error:
+        # A misspelt key is also a missing one: the key that is there comes first.
+        errors = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+        # A union reports each of its members: one message for all errors at one place.
+        _, place = root.reach((*at, *errors[0]["loc"]))
+        alike = [other for other in errors if root.reach((*at, *other["loc"]))[1] == place]
+        raise _recipe_error(model, root, at, place, alike) from error
+
+
+def check_plugins(recipe: Recipe, root: Node, registry: Registry) -> Recipe:
+    """The recipe with the options of every chosen plugin checked and completed with their defaults.
+
+    Raises:
+        RecipeError: a name is unknown or an option is wrong.
+    """
+
+    def complete(kind: Kind, choice: Choice, at: KeyPath) -> Choice:
+        config = registry.find(kind, choice.name, root.reach(at)[0].origin).value.Config
+        given = root.reach((*at, choice.name))
+        inside = (*at, choice.name) if len(given[1]) == len(at) + 1 else (*at, "options")
+        checked = check(config, root, inside, choice.options)
+        return choice.model_copy(update={"options": checked.model_dump(mode="json")})
+
+    def complete_all(kind: Kind, choices: tuple[Choice, ...], at: KeyPath) -> tuple[Choice, ...]:
+        return tuple(complete(kind, choice, (*at, index)) for index, choice in enumerate(choices))
+
+    def quantizer(section: str) -> Choice:
+        return complete(Kind.QUANTIZER, getattr(recipe, section).quantizer, (section, "quantizer"))
+
+    registry.find(Kind.MODEL, recipe.model.source, root.reach(("model", "source"))[0].origin)
+    for index, metric in enumerate(recipe.evaluate.metrics):
+        registry.find(Kind.METRIC, metric, root.reach(("evaluate", "metrics", index))[0].origin)
+    tuner = recipe.tune.tuner and complete(Kind.TUNER, recipe.tune.tuner, ("tune", "tuner"))
+    losses = complete_all(Kind.LOSS, recipe.tune.losses, ("tune", "losses"))
+    return recipe.model_copy(
+        update={
+            "passes": complete_all(Kind.PASS, recipe.passes, ("passes",)),
+            "allocate": complete_all(Kind.POLICY, recipe.allocate, ("allocate",)),
+            "weights": recipe.weights.model_copy(update={"quantizer": quantizer("weights")}),
+            "activations": recipe.activations.model_copy(update={"quantizer": quantizer("activations")}),
+            "tune": recipe.tune.model_copy(update={"tuner": tuner, "losses": losses}),
+        }
+    )
+
+
+def _recipe_error(
+    model: type[BaseModel], root: Node, at: KeyPath, place: KeyPath, errors: list[ErrorDetails]
+) -> RecipeError:
+    """The message for what pydantic found at one place of the recipe."""
+    node, first = root.reach(place)[0], errors[0]
+    dotted, key = ".".join(map(str, place)), str(first["loc"][-1]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields(model, place[len(at) : -1])
+        inside = f' in "{".".join(map(str, place[:-1]))}"' if len(place) > 1 else ""
+        return RecipeError(
+            f'unknown key "{key}"{inside}',
+            where=node.origin,
+            allowed=", ".join(known) or "no keys",
+            next_step=nearest(key, known),
+        )
+    if first["type"] == "missing":
+        missing = ".".join(map(str, (*place, key)))
+        return RecipeError(f'"{missing}" is missing', where=node.origin, next_step="add it, or extend a base recipe")
+    text = " or ".join(dict.fromkeys(_told(error) for error in errors))
+    words = re.findall(r"'([^']+)'", " ".join(str(error.get("ctx", {}).get("expected", "")) for error in errors))
+    return RecipeError(
+        f'"{dotted}" {text}',
+        where=node.origin,
+        got=_short(node.plain),
+        next_step=nearest(node.value, words) if isinstance(node.value, str) else None,
+    )
+
+
+def _told(error: ErrorDetails) -> str:
+    """Pydantic's words as the end of a sentence that begins with the key."""
+    text = error["msg"].removeprefix("Value error, ")
+    return text.removeprefix("Input ") if text.startswith("Input ") else f"is wrong: {text}"
+
+
+def _short(value: object, limit: int = 100) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
+    """The keys that are allowed at a place inside a model."""
+    found: type[BaseModel] | None = model
+    for key in path:
+        if isinstance(key, str) and found is not None:
+            field = found.model_fields.get(key)
+            found = _model_in(field.annotation) if field else None
+    return list(found.model_fields) if found else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as ``tuple[Keep, ...]`` or ``Choice | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for model in map(_model_in, get_args(annotation)) if model), None)
+
+
+def short_form(value: object) -> object:
+    """A dumped recipe as a person writes it: plugins as ``name`` or ``{name: options}``."""
+    match value:
+        case {"name": str(name), "options": options, **others} if not others:
+            return {name: short_form(options)} if options else name
+        case Mapping():
+            return {key: short_form(child) for key, child in value.items()}
+        case list():
+            return [short_form(child) for child in value]
+        case _:
+            return value

@@ -1,0 +1,102 @@
+"""The one denoising loop: teacher, distillation and evaluation all sample through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantlab.contracts.sections import Sampling
+from quantlab.torchvision_shim import ensure_torchvision_imports
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
+
+Predict = Callable[[Mapping[str, Tensor]], Tensor]
+"""The noise prediction [B, C, H, W], guidance included, for inputs ``sample``, ``timestep`` and conditions."""
+
+
+@dataclass(frozen=True)
+class SampleStep:
+    """One step of the loop, as an observer sees it.
+
+    Attributes:
+        index: position in the sampler, 0 is the noisiest.
+        inputs: ``sample`` [B, C, H, W], ``timestep`` [B] and the conditions.
+        prediction: the predicted noise.
+    """
+
+    index: int
+    inputs: Mapping[str, Tensor]
+    prediction: Tensor
+
+
+Observe = Callable[[SampleStep], None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Timesteps and noise levels of a sampler.
+
+    Attributes:
+        alphas_cumprod: products of 1 - beta for every training timestep [T].
+        settings: the recipe's ``sampling`` section.
+    """
+
+    alphas_cumprod: Tensor
+    settings: Sampling
+
+    @property
+    def timesteps(self) -> Tensor:
+        """int64 [steps], from the noisiest to the cleanest: evenly spaced from 1 (20 steps: 951, ..., 51, 1)."""
+        return self._scheduler().timesteps
+
+    def _scheduler(self) -> DDIMScheduler:
+        ensure_torchvision_imports()
+        from diffusers import DDIMScheduler
+
+        alphas = self.alphas_cumprod.double()
+        betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
+        scheduler = DDIMScheduler(
+            num_train_timesteps=len(alphas),
+            trained_betas=betas.tolist(),
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1 if self.settings.steps < len(alphas) else 0,
+            timestep_spacing="leading",
+        )
+        scheduler.set_timesteps(self.settings.steps)
+        return scheduler
+
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        conditions: Mapping[str, Tensor],
+        rng: torch.Generator | None = None,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """Denoise ``noise`` [B, C, H, W] with DDIM (arXiv 2010.02502, equation 12).
+
+        Args:
+            predict: the noise prediction.
+            noise: x_T.
+            conditions: keyword tensors [B, ...] that every step gets.
+            rng: of the noise that eta > 0 adds at every step.
+            observe: called after every prediction.
+
+        Returns:
+            x_0 [B, C, H, W].
+        """
+        scheduler = self._scheduler()
+        x = noise
+        for index, timestep in enumerate(scheduler.timesteps.tolist()):
+            step_inputs = {"sample": x, "timestep": torch.full((len(x),), timestep, device=x.device), **conditions}
+            prediction = predict(step_inputs)
+            if observe is not None:
+                observe(SampleStep(index, step_inputs, prediction))
+            x = scheduler.step(prediction, timestep, x, eta=self.settings.eta, generator=rng, return_dict=False)[0]
+        return x

@@ -1,0 +1,109 @@
+"""Load, capture, plan and calibrate: what all methods of a run share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+
+from quantlab.allocation.plan import Plan, make_plan
+from quantlab.allocation.student import tapped_run
+from quantlab.contracts.allocation import FLOAT_BITS
+from quantlab.contracts.model import CalibrationSet, Progress, Task
+from quantlab.contracts.sections import Budget, Calibrate, Keep, Sampling
+from quantlab.contracts.site import Site
+from quantlab.graph.capture import CapturedGraph
+from quantlab.graph.serialize import from_json, to_json
+from quantlab.graph.sites import find_sites
+from quantlab.graph.verify import capture_verified
+from quantlab.matching import match_sites
+from quantlab.stages.context import RunContext, as_json
+from quantlab.store import StageFolder, digest_of
+
+CAPTURE_VERSION = 1
+CALIBRATE_VERSION = 1
+_SITES = TypeAdapter(tuple[Site, ...])
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A task with its graph and sites."""
+
+    task: Task
+    graph: CapturedGraph
+    sites: tuple[Site, ...]
+    stage: StageFolder
+
+
+def fingerprint(task: Task) -> str:
+    """Hash of the network's float weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(task.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def capture(context: RunContext, task: Task) -> Captured:
+    """Capture the network as one verified graph and find its sites."""
+    key = {"version": CAPTURE_VERSION, "weights": fingerprint(task), "torch": torch.__version__}
+
+    def compute(folder: Path, progress: Progress) -> None:
+        graph = capture_verified(task.network, task.example_inputs, task.static)
+        (folder / "graph.json").write_text(to_json(graph))
+        (folder / "sites.json").write_bytes(_SITES.dump_json(find_sites(task.network, graph), indent=1))
+
+    stage = context.stage("capture", "Capture the graph", key, compute, link="capture")
+    graph = from_json(stage.file("graph.json").read_text())
+    return Captured(task, graph, _SITES.validate_json(stage.file("sites.json").read_bytes()), stage)
+
+
+def plan(captured: Captured, keep: tuple[Keep, ...], budget: Budget, origin: Mapping[str, str]) -> Plan:
+    """Nominal bits of every site; raises RecipeError for a pattern that matches nothing."""
+    rules = match_sites(keep, [site.name for site in captured.sites], origin=origin)
+    bits = {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
+    return make_plan(captured.sites, bits, budget)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The float network's recorded trajectories."""
+
+    data: CalibrationSet
+    stage: StageFolder
+
+
+def calibrate(
+    context: RunContext, captured: Captured, sampling: Sampling, settings: Calibrate, seed: int
+) -> Calibrated:
+    """Record what the float network sees and says."""
+    key = {
+        "version": CALIBRATE_VERSION,
+        "capture": captured.stage.digest,
+        "sampling": as_json(sampling),
+        "trajectories": settings.trajectories,
+        "seed": seed,
+    }
+
+    def compute(folder: Path, progress: Progress) -> None:
+        run = tapped_run(captured.task.network, captured.graph, ())
+        rng = torch.Generator().manual_seed(seed)
+        data = captured.task.calibrate(lambda inputs: run(inputs)[0], settings.trajectories, rng, progress)
+        tensors = {f"inputs/{name}": value.contiguous() for name, value in data.inputs.items()}
+        save_file(tensors | {"outputs": data.outputs.contiguous()}, folder / "calibration.safetensors")
+
+    stage = context.stage("calibrate", "Record calibration data", key, compute, link="calibrate")
+    tensors = load_file(stage.file("calibration.safetensors"))
+    outputs = tensors.pop("outputs")
+    inputs = {name.removeprefix("inputs/"): value for name, value in tensors.items()}
+    return Calibrated(CalibrationSet(inputs, outputs), stage)
+
+
+def plan_digest(plan: Plan) -> str:
+    """Hash of the nominal bits, for the key of assignment and for the layer set of the protocol id."""
+    return digest_of({e.site.name: [e.weight_bits, e.activation_bits, e.budgeted] for e in plan.sites})

@@ -1,0 +1,240 @@
+"""Assign, tune and finalize: from a plan to the model that is evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantlab.allocation.assign import AssignMethod, assign
+from quantlab.allocation.plan import Plan
+from quantlab.allocation.student import (
+    QuantizerChoice,
+    QuantizerChoices,
+    Student,
+    add_adapters,
+    build_student,
+    restore,
+    tapped_run,
+)
+from quantlab.calibration.collect import calibration_batch
+from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.model import Progress
+from quantlab.contracts.sections import Tune, Weights
+from quantlab.contracts.tuning import Checkpoint, TuneJob, Tuner
+from quantlab.errors import ArtefactError
+from quantlab.plugins import Kind, Registry
+from quantlab.recipe.schema import Recipe
+from quantlab.stages.context import RunContext, as_json
+from quantlab.stages.prepare import Calibrated, Captured, plan_digest
+from quantlab.store import JSON, StageFolder, atomic_write, digest_of
+from quantlab.tuning.finalize import finalize as finalize_layers
+
+ASSIGN_VERSION = 1
+TUNE_VERSION = 1
+FINALIZE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A student after one of the stages."""
+
+    student: Student
+    bit_map: BitMap
+    stage: StageFolder
+
+
+def choices_of(recipe: Recipe, registry: Registry) -> QuantizerChoices:
+    """The quantizer classes of a recipe with their settings."""
+
+    def choose(settings: Weights) -> QuantizerChoice:
+        return QuantizerChoice(registry.find(Kind.QUANTIZER, settings.quantizer.name).value, settings)
+
+    return QuantizerChoices(choose(recipe.weights), choose(recipe.activations))
+
+
+def assign_bits(
+    context: RunContext, captured: Captured, calibrated: Calibrated, plan: Plan, recipe: Recipe, arm: str
+) -> Quantized:
+    """Smooth, allocate bits and find scales."""
+    registry = context.registry
+    plugins = [(Kind.PASS, choice) for choice in recipe.passes] + [(Kind.POLICY, choice) for choice in recipe.allocate]
+    plugins += [(Kind.QUANTIZER, recipe.weights.quantizer), (Kind.QUANTIZER, recipe.activations.quantizer)]
+    key: dict[str, JSON] = {
+        "version": ASSIGN_VERSION,
+        "calibrate": calibrated.stage.digest,
+        "plan": plan_digest(plan),
+        "budget": as_json(recipe.budget),
+        "samples": recipe.calibrate.samples,
+        "passes": [as_json(choice) for choice in recipe.passes],
+        "allocate": [as_json(choice) for choice in recipe.allocate],
+        "weights": as_json(recipe.weights),
+        "activations": as_json(recipe.activations),
+        "inputs_from": recipe.inputs_from,
+        "seed": recipe.seed,
+        "plugins": context.versions(*plugins),
+    }
+    choices = choices_of(recipe, registry)
+
+    def compute(folder: Path, progress: Progress) -> None:
+        method = AssignMethod(
+            [registry.create(Kind.PASS, choice) for choice in recipe.passes],
+            [registry.create(Kind.POLICY, choice) for choice in recipe.allocate],
+            choices,
+            recipe.inputs_from,
+        )
+        student = build_student(captured.task, captured.graph, plan)
+        batch = calibration_batch(captured.task, calibrated.data, recipe.calibrate.samples)
+        rng = torch.Generator().manual_seed(recipe.seed)
+        bit_map = assign(student, method, batch, rng, progress)
+        (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(bit_map)))
+        save_state(student, folder / "qparams.safetensors")
+
+    stage = context.stage("assign", f"{arm}: assign bits and scales", key, compute, link=f"{arm}/assign")
+    bit_map = bit_map_from_json(json.loads(stage.file("allocation.json").read_text()))
+    student = build_student(captured.task, captured.graph, plan)
+    restore(student, bit_map, choices, load_state(stage.file("qparams.safetensors")))
+    return Quantized(student, bit_map, stage)
+
+
+def tune(
+    context: RunContext, captured: Captured, calibrated: Calibrated, assigned: Quantized, recipe: Recipe, arm: str
+) -> Quantized:
+    """Train the student, if the method has a tuner and iterations; otherwise it is returned as it is."""
+    settings = recipe.tune
+    if settings.tuner is None or settings.iterations == 0:
+        return assigned
+    registry = context.registry
+    plugins = [(Kind.TUNER, settings.tuner), *((Kind.LOSS, choice) for choice in settings.losses)]
+    key: dict[str, JSON] = {
+        "version": TUNE_VERSION,
+        "assign": assigned.stage.digest,
+        "tune": as_json(settings),
+        "seed": recipe.seed,
+        "plugins": context.versions(*plugins),
+    }
+    tuner: Tuner = registry.create(Kind.TUNER, settings.tuner)
+    student = assigned.student
+    adapter = tuner.adapter(settings)
+    if adapter is not None:
+        add_adapters(student, adapter, recipe.seed)
+
+    def compute(folder: Path, progress: Progress) -> None:
+        job = tune_job(captured, calibrated, student, registry, settings, recipe.seed, FileCheckpoint(folder), progress)
+        result = tuner.tune(job)
+        (folder / "history.json").write_text(json.dumps({name: list(h) for name, h in result.history.items()}))
+        save_state(student, folder / "tuned.safetensors")
+        FileCheckpoint(folder).remove()
+
+    stage = context.stage("tune", f"{arm}: tune", key, compute, link=f"{arm}/tune", resumable=True)
+    student.network.load_state_dict(load_state(stage.file("tuned.safetensors")))
+    return Quantized(student, assigned.bit_map, stage)
+
+
+def tune_job(
+    captured: Captured,
+    calibrated: Calibrated,
+    student: Student,
+    registry: Registry,
+    settings: Tune,
+    seed: int,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> TuneJob:
+    """Everything a tuner needs, with forwards that return the losses' taps."""
+    losses = [registry.create(Kind.LOSS, choice) for choice in settings.losses]
+    taps = tuple(dict.fromkeys(path for loss in losses for path in loss.taps(captured.sites)))
+    return TuneJob(
+        task=captured.task,
+        layers=student.trained_layers(),
+        student=tapped_run(student.network, student.graph, taps),
+        teacher=tapped_run(captured.task.network, captured.graph, taps),
+        calibration=calibrated.data,
+        losses=losses,
+        settings=settings,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def finalize(context: RunContext, tuned: Quantized, arm: str) -> Quantized:
+    """Merge adapters and round zero points: the model that is evaluated and packed."""
+    key: dict[str, JSON] = {"version": FINALIZE_VERSION, "from": tuned.stage.digest}
+
+    def compute(folder: Path, progress: Progress) -> None:
+        changed = finalize_layers(tuned.student.layers())
+        (folder / "rounding.json").write_text(json.dumps(changed))
+        (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(tuned.bit_map)))
+        save_state(tuned.student, folder / "final.safetensors")
+
+    stage = context.stage("finalize", f"{arm}: finalize", key, compute, link=f"{arm}/finalize")
+    if stage.reused:
+        finalize_layers(tuned.student.layers())
+    for layer in tuned.student.layers().values():
+        layer.freeze()
+    return Quantized(tuned.student, tuned.bit_map, stage)
+
+
+@dataclass(frozen=True)
+class FileCheckpoint(Checkpoint):
+    """A checkpoint as one safetensors file, replaced atomically."""
+
+    folder: Path
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        """What was saved last, or None."""
+        if not self._file.is_file():
+            return None
+        with safe_open(self._file, "pt") as file:
+            iteration = int((file.metadata() or {})["iteration"])
+        return iteration, load_file(self._file)
+
+    def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a new file and put it in the place of the old one."""
+        contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+        atomic_write(self._file, lambda path: save_file(contiguous, path, {"iteration": str(iteration)}))
+
+    def remove(self) -> None:
+        """The result stands; the way to it need not be kept."""
+        self._file.unlink(missing_ok=True)
+
+
+def save_state(student: Student, path: Path) -> None:
+    """Write a student's parameters and buffers."""
+    save_file({name: value.detach().contiguous().clone() for name, value in student.network.state_dict().items()}, path)
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Read a student's parameters and buffers; raises ArtefactError for a truncated or foreign file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ArtefactError("the file is not safetensors, or is truncated", where=str(path), got=error) from error
+
+
+def bit_map_to_json(bit_map: BitMap) -> dict[str, JSON]:
+    """Bits as plain JSON."""
+    weights = {name: bits.tolist() for name, bits in bit_map.weight_bits.items()}
+    activations = {f"{site}:{slot}": bits for (site, slot), bits in bit_map.activation_bits.items()}
+    return {"weight_bits": weights, "activation_bits": activations, "digest": digest_of([weights, activations])}
+
+
+def bit_map_from_json(content: Mapping[str, Mapping[str, object]]) -> BitMap:
+    """The inverse of ``bit_map_to_json``."""
+    weights = {name: torch.tensor(bits, dtype=torch.int8) for name, bits in content["weight_bits"].items()}
+    activations = {}
+    for name, bits in content["activation_bits"].items():
+        site, _, slot = name.rpartition(":")
+        activations[site, slot] = int(str(bits))
+    return BitMap(weights, activations)

@@ -1,0 +1,217 @@
+"""Distillation of low-rank adapters and quantization parameters along the teacher's sampling trajectory.
+
+EfficientDM (arXiv 2310.03270, section 3) and MPQ-DM (arXiv 2412.11549) train this way: one optimizer step for each
+denoising step, on inputs that the float model's own trajectory gives, so that no training data are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from quantlab.contracts.config import Strict
+from quantlab.contracts.model import Inputs
+from quantlab.contracts.sections import Tune
+from quantlab.contracts.tuning import (
+    OUTPUT,
+    AdapterSpec,
+    ConvAdapter,
+    Loss,
+    StepContext,
+    TuneJob,
+    Tuner,
+    TuneResult,
+)
+from quantlab.errors import QuantlabError
+from quantlab.tuning.finite import require_finite
+
+SCALE_TO_LEARNING_RATE = 2500.0
+"""EfficientDM's scale-aware rule: a layer's adapter learns with its mean weight scale divided by this."""
+
+
+class DistillConfig(Strict):
+    """Options of the ``distill`` tuner."""
+
+    conv: ConvAdapter = Field(ConvAdapter.POINTWISE, description="shape of the adapter's second factor at convolutions")
+    scale_offset: float = Field(
+        0.0, ge=0, description="added to a layer's mean scale before it becomes a learning rate; 0.01 as released"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute each layer in the backward pass: less memory, same result, more time"
+    )
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where iteration ``iteration`` lies: its epoch (one batch of trajectories) and its step in the sampler."""
+
+    epoch: int
+    step: int
+
+
+class DistillTuner(Tuner):
+    """Trains adapters, scales and zero points to follow the teacher along its sampling trajectory."""
+
+    name = "distill"
+    paper = "EfficientDM, ICLR 2024, arXiv 2310.03270"
+    Config = DistillConfig
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.config = config
+
+    def adapter(self, settings: Tune) -> AdapterSpec:
+        """Low-rank factors of the recipe's rank in every layer."""
+        return AdapterSpec(settings.rank, self.config.conv)
+
+    def tune(self, job: TuneJob) -> TuneResult:
+        """Train in place for ``job.settings.iterations`` steps, saving at the end of every epoch."""
+        if job.settings.iterations == 0:
+            return TuneResult({"total": ()})
+        parameters = _trainable(job.layers)
+        groups = parameter_groups(job.layers, job.settings, self.config.scale_offset)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
+        total = job.settings.iterations
+        # Linear decay to zero without warm-up, as in the released code.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: 1.0 - iteration / total)
+        names = ["total", *(loss.name for loss in job.losses)]
+        history: dict[str, list[float]] = {name: [] for name in names}
+        start = _restore(job, parameters, optimizer, schedule, history)
+        for layer in job.layers.values():
+            layer.gradient_checkpointing = self.config.gradient_checkpointing  # type: ignore[assignment]
+        for iteration in range(start, total):
+            position = _Position(*divmod(iteration, job.calibration.num_steps))
+            if position.step == 0:
+                for loss in job.losses:
+                    loss.reset()
+            values = _losses_at(job, position)
+            optimizer.zero_grad(set_to_none=True)
+            values["total"].backward()
+            optimizer.step()
+            schedule.step()
+            for name in names:
+                history[name].append(values[name].item() if name in values else math.nan)
+            if (iteration + 1) % job.calibration.num_steps == 0 or iteration + 1 == total:
+                _save(job, iteration + 1, parameters, optimizer, history)
+            job.progress(iteration + 1, total)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        return TuneResult(history)
+
+
+def _losses_at(job: TuneJob, position: _Position) -> dict[str, Tensor]:
+    """Every loss at one denoising step of one batch, and their sum as "total"."""
+    steps, samples = job.calibration.num_steps, job.calibration.num_samples
+    # Seeded by the epoch alone, so that a resumed run draws the batch the killed one had.
+    rng = torch.Generator().manual_seed(job.seed * 1_000_003 + position.epoch)
+    batch = torch.randperm(samples, generator=rng)[: job.settings.batch]
+    inputs = job.calibration.step(position.step, batch)
+    network_inputs = job.task.network_inputs(inputs)
+    output, student_taps = job.student(network_inputs)
+    student = {OUTPUT: job.task.combine(output, inputs), **student_taps}
+    teacher: dict[str, Tensor] = {OUTPUT: job.calibration.outputs[position.step, batch]}
+    if student_taps:
+        with torch.no_grad():
+            teacher.update(job.teacher(network_inputs)[1])
+    timestep = inputs[job.task.timestep_input] if job.task.timestep_input else None
+    context = StepContext(timestep, position.step, steps, rng)
+    values = {loss.name: value for loss in job.losses if (value := loss(student, teacher, context)) is not None}
+    if not any(value.requires_grad for value in values.values()):
+        raise QuantlabError(
+            "no loss has a gradient, so nothing would be trained",
+            where=f"tune, epoch {position.epoch}, denoising step {position.step}",
+            got=", ".join(sorted(values)) or "no loss at this step",
+            next_step='add a loss with a gradient at every step, such as "mse"',
+        )
+    values["total"] = torch.stack([value for value in values.values() if value.requires_grad]).sum()
+    if not torch.isfinite(values["total"]):
+        where = f"tune, epoch {position.epoch}, denoising step {position.step}"
+        require_finite(job.layers, lambda: job.student(network_inputs), where)
+    return values
+
+
+def parameter_groups(layers: Mapping[str, nn.Module], settings: Tune, scale_offset: float) -> list[dict[str, object]]:
+    """AdamW's groups: adapters by learning rate, weight scales and zero points, activation scales and zero points.
+
+    Without a shared rate a layer's adapter learns with (mean weight scale + offset) / 2500 (EfficientDM, equation 8).
+    Layers with equal rates share a group, so that the optimizer's fused loops stay long.
+    """
+    by_rate: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name, parameter, part in _parameters(layers):
+        if part == "adapter":
+            rate = settings.adapter_learning_rate
+            if rate is None:
+                scale = layers[name].weight_quantizer.scale  # type: ignore[union-attr]
+                rate = (float(scale.detach().abs().mean()) + scale_offset) / SCALE_TO_LEARNING_RATE  # type: ignore[union-attr]
+        else:
+            rate = settings.weight_learning_rate if part == "weight" else settings.activation_learning_rate
+        by_rate.setdefault((part, rate), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for (_, rate), parameters in by_rate.items() if rate > 0]
+
+
+def _parameters(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Site, parameter and part ("adapter", "weight", "activation") of everything that may be trained."""
+    for name, layer in layers.items():
+        for attribute, part in (("adapter", "adapter"), ("weight_quantizer", "weight"), ("input_quantizer", "activation")):
+            module = getattr(layer, attribute)
+            if module is not None:
+                yield from ((name, parameter, part) for parameter in module.parameters())
+
+
+def _trainable(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Turn on the gradient of what is trained; returns the parameters under stable names."""
+    counted: dict[str, nn.Parameter] = {}
+    for name, parameter, part in _parameters(layers):
+        parameter.requires_grad_(True)
+        counted[f"{name}/{part}/{len(counted)}"] = parameter
+    return counted
+
+
+def _save(
+    job: TuneJob,
+    iteration: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history: Mapping[str, list[float]],
+) -> None:
+    """Write parameters, optimizer state and history to the checkpoint."""
+    tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = value
+    tensors |= {f"history/{name}": torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
+    job.checkpoint.save(iteration, tensors)
+
+
+def _restore(
+    job: TuneJob,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    history: dict[str, list[float]],
+) -> int:
+    """Go back to the checkpoint, if there is one; returns the number of iterations done."""
+    saved = job.checkpoint.load()
+    if saved is None:
+        return 0
+    iteration, tensors = saved
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(tensors[f"parameter/{name}"])
+        prefix = f"optimizer/{name}/"
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if state:
+            optimizer.state[parameter] = state
+    for name in history:
+        history[name] = tensors[f"history/{name}"].tolist()
+    schedule.last_epoch = iteration
+    for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["lr"] = base * schedule.lr_lambdas[0](iteration)
+    return iteration
+
+

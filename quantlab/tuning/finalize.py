@@ -1,0 +1,28 @@
+"""From a tuned student to the one that is evaluated and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+
+
+def finalize(layers: Mapping[str, QuantizedConv2d | QuantizedLinear]) -> dict[str, float]:
+    """Merge adapters and round the zero points that quantizers round anyway, in place.
+
+    Returns:
+        site -> largest change of the quantized weight that this made; rounding a zero point that is already rounded
+        with a straight-through gradient changes nothing, so anything but 0 is the merge's own float rounding.
+    """
+    changed: dict[str, float] = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            before = layer.quantized_weight()
+            layer.merge_adapter()
+            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+                if quantizer is not None:
+                    quantizer.round_parameters()
+            changed[name] = (layer.quantized_weight() - before).abs().max().item()
+    return changed

@@ -1,0 +1,1 @@
+"""The small trained models that ship with quantlab, and the code that trained them."""

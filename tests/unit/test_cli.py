@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+from quantlab.cli import app
+from quantlab.errors import ModelError
+from quantlab.store import Store, create_run
+
+PLUGIN = """
+from quantlab.contracts.config import Strict
+from quantlab.contracts.method import Method
+from quantlab.hookspecs import hookimpl
+
+class Empty(Strict):
+    pass
+
+def part(part_name):
+    return type(part_name, (), {"name": part_name, "Config": Empty, "__doc__": "Spirals inwards."})
+
+@hookimpl
+def quantlab_methods():
+    return [Method("plain", "nothing special", None, True, {}, "plain.yaml")]
+
+@hookimpl
+def quantlab_bit_policies():
+    return [part("spiral")]
+
+@hookimpl
+def quantlab_models():
+    return [part("nowhere")]
+
+@hookimpl
+def quantlab_quantizers():
+    return [part("round")]
+
+@hookimpl
+def quantlab_losses():
+    return [part("none")]
+"""
+
+RECIPE = """\
+version: 1
+model: {source: nowhere, name: digits}
+method: plain
+budget: {weight_bits: 2, activation_bits: 4}
+weights: {quantizer: round}
+activations: {quantizer: round}
+allocate: [spiral]
+tune: {losses: [none]}
+evaluate: {metrics: []}
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    method: str
+    fid: float
+
+
+@dataclass(frozen=True)
+class Result:
+    folder: Path
+    rows: tuple[Row, ...]
+
+    def table(self) -> str:
+        return "the table"
+
+
+@dataclass
+class FakeRun:
+    """Stands for ``quantlab.run``: records its options, or raises."""
+
+    error: BaseException | None = None
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        run, console = ModuleType("quantlab.run"), ModuleType("quantlab.report.console")
+        run.__dict__.update(run=self.run, RunOptions=lambda *options: options, site_table=lambda loaded: "the sites")
+        console.__dict__["make_console"] = lambda **options: options
+        monkeypatch.setitem(sys.modules, "quantlab.run", run)
+        monkeypatch.setitem(sys.modules, "quantlab.report", ModuleType("quantlab.report"))
+        monkeypatch.setitem(sys.modules, "quantlab.report.console", console)
+
+    def run(self, loaded: object, options: tuple[object, ...]) -> Result:
+        self.calls.append((loaded, *options))
+        if self.error is not None:
+            raise self.error
+        return Result(Path("runs/x"), (Row("plain", float("nan")),))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    run = FakeRun()
+    run.install(monkeypatch)
+    return run
+
+
+@pytest.fixture
+def given(tmp_path: Path):
+    """Arguments that name a recipe and its plugin."""
+    (tmp_path / "cli_plugin.py").write_text(PLUGIN)
+    (tmp_path / "own.yaml").write_text(RECIPE)
+    yield [str(tmp_path / "own.yaml"), "--plugin", str(tmp_path / "cli_plugin.py")]
+    sys.modules.pop("cli_plugin", None)
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_run_prints_the_table_and_passes_the_options_on(fake, given, tmp_path):
+    result = call("run", *given, "--set", "seed=3", "--runs-dir", str(tmp_path), "--device", "cuda", "--dry-run")
+    assert (result.exit_code, result.stdout) == (0, "the table\n")
+    loaded, runs_dir, device, dtype, dry_run, console = fake.calls[0]
+    assert loaded.recipe.seed == 3
+    assert (runs_dir, device, dtype, dry_run) == (tmp_path, "cuda", "float32", True)
+    assert console == {"verbose": False, "quiet": False}
+
+
+def test_json_on_standard_output_is_json_alone(fake, given):
+    result = call("run", *given, "--json")
+    assert json.loads(result.stdout) == {"folder": "runs/x", "rows": [{"method": "plain", "fid": None}]}
+    assert fake.calls[0][-1]["quiet"]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_an_error_is_a_message_with_its_exit_code_and_a_traceback_only_when_asked_for(fake, given, verbose):
+    fake.error = ModelError("the weights are truncated", where="digits.safetensors")
+    result = call("run", *given, *(["-v"] if verbose else []))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "error: digits.safetensors: the weights are truncated" in result.stderr
+    assert ("Traceback" in result.stderr) == verbose
+
+
+def test_ctrl_c_says_how_to_go_on(fake, given):
+    fake.error = KeyboardInterrupt()
+    result = call("run", *given)
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "validate", "show"])
+def test_a_bad_recipe_is_exit_code_2_before_anything_runs(fake, given, command):
+    Path(given[0]).write_text(RECIPE.replace("budget", "bugdet"))
+    result = call(command, *given)
+    assert result.exit_code == 2
+    assert f'{given[0]}:4: unknown key "bugdet"' in result.stderr
+    assert 'did you mean "budget"' in result.stderr
+    assert result.stdout == ""
+    assert fake.calls == []
+
+
+def test_a_plugin_that_cannot_be_loaded_is_told(fake, given, tmp_path):
+    (tmp_path / "cli_plugin.py").write_text("import not_installed_anywhere")
+    result = call("validate", *given)
+    assert result.exit_code == 1
+    assert "not_installed_anywhere" in result.stderr
+
+
+def test_a_wrong_option_is_a_usage_error():
+    result = call("run", "x.yaml", "--devise", "cpu")
+    assert result.exit_code == 2
+    assert "--devise" in result.stderr
+
+
+def test_validate(given):
+    result = call("validate", *given, "--set", "seed=2")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "own.yaml: valid; method plain" in result.stdout
+
+
+def test_show_a_recipe_as_given_and_resolved(given):
+    assert call("show", *given).stdout == RECIPE + "\n"
+    lines = {line.split()[0]: line for line in call("show", *given, "--resolved").stdout.splitlines()}
+    assert lines["method"].endswith(f"# {given[0]}:3")
+
+
+def test_show_sites(fake, given):
+    assert call("show", "sites", *given).stdout == "the sites\n"
+
+
+def test_show_and_list_names(given):
+    plugin = given[1:]
+    assert "Spirals inwards." in call("show", "policy", "spiral", *plugin).stdout
+    assert "spiral" in call("list", "policies", *plugin).stdout
+    assert call("show", "policy", "spiral2", *plugin).exit_code == 2
+    assert call("list", "polices").exit_code == 2
+    assert "digits/mpq-dm-w2a4" in call("list", "recipes").stdout
+
+
+def test_runs_are_listed_and_cleaned(tmp_path):
+    stage = Store(tmp_path).stage("a", {}, lambda folder: None)
+    run = create_run(tmp_path, "digits/x", "0" * 16)
+    listed = call("runs", "--runs-dir", str(tmp_path))
+    assert f"{run.path}  " in listed.stdout
+    assert "unfinished" in listed.stdout
+    assert call("runs", "clean", "--runs-dir", str(tmp_path)).stdout == f"deleted {stage.path}\n"
+    assert call("runs", "--runs-dir", str(tmp_path), "clean", "--all").stdout == f"deleted {run.path}\n"
+
+
+def test_version():
+    assert call("--version").stdout.startswith("quantlab ")
