@@ -93,7 +93,5 @@ def make_plan(sites: Sequence[Site], keep: Mapping[str, int], budget: Budget) ->
 
 def mean_weight_bits(bit_map: BitMap, sites: Sequence[Site]) -> float:
     """Parameter-weighted mean bits of the weights of ``sites``."""
-    bits = sum(
-        float(bit_map.weight_bits[site.name].double().mean()) * site.weight_count for site in sites
-    )
+    bits = sum(float(bit_map.weight_bits[site.name].double().mean()) * site.weight_count for site in sites)
     return bits / sum(site.weight_count for site in sites)

@@ -127,9 +127,7 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
         layer.input_quantizer = choices.activations.build(spec, input_bits)
 
 
-def restore(
-    student: Student, bit_map: BitMap, choices: QuantizerChoices, state: Mapping[str, Tensor]
-) -> Student:
+def restore(student: Student, bit_map: BitMap, choices: QuantizerChoices, state: Mapping[str, Tensor]) -> Student:
     """Fill a new student with quantizers of ``bit_map`` and the parameters ``state``."""
     for entry in student.plan.quantized:
         name = entry.site.name

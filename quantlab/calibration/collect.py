@@ -41,16 +41,12 @@ def calibration_batch(task: Task, calibration: CalibrationSet, samples: int) -> 
             got=samples,
             allowed=f"at most {calibration.num_samples} (calibrate.trajectories)",
         )
-    steps = [
-        task.network_inputs(calibration.step(index, slice(samples))) for index in range(calibration.num_steps)
-    ]
+    steps = [task.network_inputs(calibration.step(index, slice(samples))) for index in range(calibration.num_steps)]
     inputs = {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
     return CalibrationBatch(inputs, inputs[task.timestep_input] if task.timestep_input else None)
 
 
-def watch_inputs(
-    network: nn.Module, sites: Sequence[str], see: SeeInput, forward: Callable[[], object]
-) -> None:
+def watch_inputs(network: nn.Module, sites: Sequence[str], see: SeeInput, forward: Callable[[], object]) -> None:
     """Run ``forward`` and show each site's input to ``see``, in the order in which the sites compute."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -92,7 +92,13 @@ class Reference:
 
 
 class GenerativeTask(Task):
-    """A denoiser that draws images, and a network that judges them."""
+    """A denoiser that draws images, and a network that judges them.
+
+    Attributes:
+        device: where the networks are.
+    """
+
+    device: torch.device
 
     @abstractmethod
     def draw_noise(self, count: int, seed: int) -> Tensor:

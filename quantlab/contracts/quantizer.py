@@ -42,7 +42,7 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """Quantize and dequantize: the shape and dtype of x."""
 
-    def round_parameters(self) -> None:  # noqa: B027  a quantizer without zero points has nothing to round
+    def round_parameters(self) -> None:
         """Put parameters that forward rounds at their rounded values, in place; forward gives the same as before."""
 
     @abstractmethod

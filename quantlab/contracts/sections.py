@@ -67,7 +67,9 @@ class Calibrate(Strict):
     """What the float model is recorded on."""
 
     trajectories: int = Field(default=256, ge=1, description="float sampling trajectories recorded")
-    samples: int = Field(default=16, ge=1, description="of them, how many give activation ranges and scores, at each step")
+    samples: int = Field(
+        default=16, ge=1, description="of them, how many give activation ranges and scores, at each step"
+    )
 
 
 class Weights(Strict):

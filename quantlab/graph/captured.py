@@ -70,6 +70,7 @@ class CapturedGraph:
         module_outputs: module path -> name of the node that is its (last) output.
         constants: tensors that are neither inputs nor owned by the model, by placeholder.
         output_type: how to wrap the output, or None when the graph's output is the model's.
+        taps: module paths whose outputs the graph returns besides.
     """
 
     graph: fx.Graph
@@ -81,6 +82,7 @@ class CapturedGraph:
     module_outputs: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     output_type: OutputType | None = None
+    taps: tuple[str, ...] = ()
 
     def copy(self) -> CapturedGraph:
         """The same with a graph of its own, which a pass may change; node names are kept."""

@@ -22,7 +22,7 @@ _VALUE_READS = {
 """Calls that turn a tensor's values into Python values, on which the forward may then branch."""
 _OPERATORS = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 _GRAD_MODE = {"_set_grad_enabled", "set_grad_enabled"}
-_TRAINING_FLAGS = (F.dropout, F.batch_norm, F.alpha_dropout, F.feature_dropout, F.instance_norm)
+_TRAINING_FLAGS = (F.dropout, F.batch_norm, F.alpha_dropout, F.dropout2d, F.instance_norm)
 
 
 class FunctionRecorder(TorchFunctionMode):
@@ -72,7 +72,8 @@ def _record_call(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kw
     except UnrecordableError:
         if any(tracer.is_traced(arg) for arg in [*args, *kwargs.values()]):
             raise
-        return func(*without_symbols(args), **without_symbols(kwargs))
+        with tracer.paused():  # its result is a constant
+            return func(*without_symbols(args), **without_symbols(kwargs))
     if _changes_its_arguments(name, kwargs):
         node.meta["impure"] = True
     if func in _TRAINING_FLAGS:
@@ -138,8 +139,8 @@ class OperatorWatch(TorchDispatchMode):
                 if isinstance(tensor, Tensor):
                     tracer.saw_computed(tensor)
             return output
-        node = tracer.emit("call_function", func, args, keywords)
-        tracer.note(f"{func} was recorded below torch's functions")
-        node.meta["impure"] = func._schema.is_mutable  # type: ignore[attr-defined]
-        with tracer.inside_call():
+        with tracer.paused():
+            node = tracer.emit("call_function", func, args, keywords)
+            tracer.note(f"{func} was recorded below torch's functions")
+            node.meta["impure"] = func._schema.is_mutable  # type: ignore[attr-defined]
             return tracer.register(func(*args, **keywords), node)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,23 +29,13 @@ _DTYPE_DEPENDENT = {"RMSNorm", "FP32LayerNorm"}
 """Norms by class name whose forward asks for dtypes, so that its record would hold for one dtype only."""
 
 
-@dataclass(frozen=True)
 class AutogradCall:
     """The ``apply`` of a ``torch.autograd.Function`` as a graph's target, so that its own backward stays."""
 
-    function: type[torch.autograd.Function]
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
-
-    @property
-    def __module__(self) -> str:  # type: ignore[override]
-        return self.function.__module__
-
-    @property
-    def __qualname__(self) -> str:  # type: ignore[override]
-        return self.function.__qualname__
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__, self.__qualname__ = function.__name__, function.__qualname__
+        self.__module__ = function.__module__
 
     def __call__(self, *args: Any) -> Any:
         """Apply the function."""
@@ -79,7 +68,8 @@ def recorded_modules(tracer: Tracer) -> Iterator[None]:
     end, errors included; captures in other threads wait.
     """
     with _PATCHING:
-        owner, call, apply = threading.get_ident(), nn.Module.__call__, torch.autograd.Function.apply
+        owner, call = threading.get_ident(), nn.Module.__call__
+        apply = torch.autograd.Function.__dict__["apply"]
 
         def recorded_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != owner:
@@ -87,13 +77,11 @@ def recorded_modules(tracer: Tracer) -> Iterator[None]:
             return _record_module(tracer, call, module, args, kwargs)
 
         def recorded_apply(cls: type[torch.autograd.Function], *args: Any) -> Any:
-            original = apply.__func__  # type: ignore[attr-defined]
             if threading.get_ident() != owner or not tracer.recording:
-                return original(cls, *args)
-            node = tracer.emit("call_function", AutogradCall(cls), args)
+                return apply.__func__(cls, *args)
             with tracer.paused():
-                output = original(cls, *without_symbols(args))
-            return tracer.register(output, node)
+                node = tracer.emit("call_function", AutogradCall(cls), args)
+                return tracer.register(apply.__func__(cls, *without_symbols(args)), node)
 
         nn.Module.__call__ = recorded_call
         torch.autograd.Function.apply = classmethod(recorded_apply)  # type: ignore[assignment]
@@ -101,9 +89,7 @@ def recorded_modules(tracer: Tracer) -> Iterator[None]:
             yield
         finally:
             nn.Module.__call__ = call
-            del torch.autograd.Function.apply
-            if torch.autograd.Function.apply != apply:
-                torch.autograd.Function.apply = apply
+            torch.autograd.Function.apply = apply
 
 
 def _record_module(
@@ -117,7 +103,8 @@ def _record_module(
     tracer.stack.append(path)
     try:
         if path in tracer.leaves or is_leaf(module):
-            output = _record_leaf(tracer, call, module, args, kwargs)
+            with tracer.paused():
+                output = _record_leaf(tracer, call, module, args, kwargs)
         else:
             _note_module(tracer, module)
             output = call(module, *args, **kwargs)
@@ -150,8 +137,7 @@ def _record_leaf(
         node.meta["inner_calls"] = []
     tracer.opaque.append(node)
     try:
-        with tracer.paused():
-            output = call(module, *without_symbols(args), **without_symbols(kwargs))
+        output = call(module, *without_symbols(args), **without_symbols(kwargs))
     finally:
         tracer.opaque.pop()
     return tracer.register(output, node)

@@ -50,6 +50,7 @@ class Tracer:
         self.opaque: list[fx.Node] = []
         self._nodes: dict[int, fx.Node] = {}
         self._kept: list[object] = []
+        self._attributes: dict[str, fx.Node] = {}
         self._numbers: dict[tuple[str, str], fx.Node] = {}
         self._computed: dict[int, weakref.ref[Tensor]] = {}
         self._autocast = torch._C._is_any_autocast_enabled()
@@ -132,11 +133,9 @@ class Tracer:
         path = self._owned.get(id(tensor))
         if path is None:
             return self.add_constant(tensor)
-        node = self._tagged(self.graph.get_attr(path)) if path not in self._get_attrs() else self._get_attrs()[path]
-        return self._describe(node, tensor)
-
-    def _get_attrs(self) -> dict[str, fx.Node]:
-        return {str(node.target): node for node in self.graph.find_nodes(op="get_attr")}
+        if path not in self._attributes:
+            self._attributes[path] = self._describe(self._tagged(self.graph.create_node("get_attr", path)), tensor)
+        return self._attributes[path]
 
     def add_constant(self, tensor: Tensor) -> fx.Node:
         """A placeholder for a tensor that is neither computed nor owned by the model.
@@ -155,8 +154,7 @@ class Tracer:
                 next_step="register it as a buffer, or capture with real tensors",
             )
         name = f"constant_{len(self.constants)}"
-        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
-        with self.graph.inserting_before(first) if first else self.paused():
+        with self.graph.inserting_before(None):  # placeholders stand before everything else
             node = self._tagged(self.graph.placeholder(name))
         self.constants[name] = tensor.detach()
         self.note(f"a plain tensor of shape {shape} became a constant of the graph")
@@ -165,7 +163,9 @@ class Tracer:
 
     # Recording
 
-    def emit(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+    def emit(
+        self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> fx.Node:
         """Add a node for a call with these values."""
         if torch._C._is_any_autocast_enabled() != self._autocast:
             raise CaptureError("autocast is switched inside the forward, which a graph does not keep", where=self.where)

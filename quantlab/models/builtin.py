@@ -30,8 +30,11 @@ class BuiltinSource:
     version: ClassVar[int] = 1
     Config = BuiltinConfig
 
-    def load(self, model: Model, sampling: Sampling) -> DigitsTask:
-        """A task by the model's name.
+    def __init__(self, config: BuiltinConfig) -> None:
+        self.config = config
+
+    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> DigitsTask:
+        """A task by the model's name, its network on ``device`` in ``dtype``.
 
         Raises:
             RecipeError: no model has this name.
@@ -46,17 +49,17 @@ class BuiltinSource:
                 allowed=known,
                 next_step=nearest(model.name, digits.INITIALISATIONS),
             )
-        return DigitsTask(model.name, sampling)
+        return DigitsTask(model.name, sampling, device, dtype)
 
 
 class DigitsTask(GenerativeTask):
     """A class-conditional denoiser of 8x8 digits, with classifier-free guidance."""
 
-    def __init__(self, name: str, sampling: Sampling) -> None:
-        self.name = name
+    def __init__(self, name: str, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> None:
+        self.name, self.device, self.dtype = name, device, dtype
         try:
-            self.network = digits.load_unet(name)
-            self.classifier = digits.load_classifier()
+            self.network = digits.load_unet(name).to(device, dtype)
+            self.classifier = digits.load_classifier().to(device)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(
                 "the weights cannot be read",
@@ -77,9 +80,9 @@ class DigitsTask(GenerativeTask):
         """Noise at spread timesteps."""
         rng = torch.Generator().manual_seed(0)
         return {
-            "sample": torch.randn(batch, *digits.IMAGE_SHAPE, generator=rng),
-            "timestep": torch.arange(batch) * 37 % digits.TRAIN_TIMESTEPS,
-            "class_labels": torch.arange(batch) % digits.NUM_CLASSES,
+            "sample": torch.randn(batch, *digits.IMAGE_SHAPE, generator=rng).to(self.device, self.dtype),
+            "timestep": torch.arange(batch, device=self.device) * 37 % digits.TRAIN_TIMESTEPS,
+            "class_labels": self.labels(batch),
         }
 
     def network_inputs(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -103,7 +106,7 @@ class DigitsTask(GenerativeTask):
 
     def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Trajectories from noise to image, classes in turn."""
-        noise = torch.randn(num_samples, *digits.IMAGE_SHAPE, generator=rng)
+        noise = torch.randn(num_samples, *digits.IMAGE_SHAPE, generator=rng).to(self.device, self.dtype)
         steps: list[SampleStep] = []
 
         def keep(step: SampleStep) -> None:
@@ -118,11 +121,12 @@ class DigitsTask(GenerativeTask):
 
     def draw_noise(self, count: int, seed: int) -> Tensor:
         """Normal noise [count, 1, 8, 8]."""
-        return torch.randn(count, *digits.IMAGE_SHAPE, generator=torch.Generator().manual_seed(seed))
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randn(count, *digits.IMAGE_SHAPE, generator=rng).to(self.device, self.dtype)
 
     def labels(self, count: int) -> Tensor:
         """Classes in turn: 0, 1, ..., 9, 0, ..."""
-        return torch.arange(count) % digits.NUM_CLASSES
+        return torch.arange(count, device=self.device) % digits.NUM_CLASSES
 
     def sample(self, run: Run, noise: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Images [B, 1, 8, 8], clamped to [-1, 1]."""
@@ -130,7 +134,7 @@ class DigitsTask(GenerativeTask):
         with torch.no_grad():
             conditions = {"class_labels": labels}
             images = self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng)
-        return images.clamp(-1, 1)
+        return images.float().clamp(-1, 1)
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden activations [B, 64] and logits [B, 10] of the digits classifier."""
@@ -140,4 +144,4 @@ class DigitsTask(GenerativeTask):
 
     def reference(self) -> Reference:
         """All 1,797 scans."""
-        return Reference(self.judge(digits.load_images()[0])[0], "digits: load_digits, 1797 images")
+        return Reference(self.judge(digits.load_images()[0].to(self.device))[0], "digits: load_digits, 1797 images")

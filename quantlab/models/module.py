@@ -80,5 +80,7 @@ def _named(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
     try:
         bound = inspect.signature(network.forward).bind(*arguments)
     except TypeError as error:
-        raise ModelError("a batch does not fit the module's forward", where=type(network).__name__, got=error) from error
+        raise ModelError(
+            "a batch does not fit the module's forward", where=type(network).__name__, got=error
+        ) from error
     return dict(bound.arguments)

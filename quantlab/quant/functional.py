@@ -25,7 +25,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(x, scale, zero_point, quant_max)
         codes = torch.round(x / scale).add_(zero_point).clamp_(torch.zeros_like(quant_max), quant_max)
-        return codes.sub_(zero_point).mul_(scale)
+        return codes.sub_(zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
@@ -42,7 +42,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             for_zero_point = (gradient * ~inside * -scale).sum_to_size(zero_point.shape)
         if ctx.needs_input_grad[0]:
-            for_x = gradient * inside
+            for_x = (gradient * inside).to(x.dtype)
         return for_x, for_scale, for_zero_point, None
 
 
@@ -68,7 +68,7 @@ def fake_quantize(
         scale * (clamp(round(x / scale) + zero_point, 0, quant_max) - zero_point), the shape and dtype of x.
         Gradients (LSQ, arXiv 1902.08153, without its scaling): for x, 1 inside the range and 0 outside; for the
         scale, q - zero_point - x / scale inside and q - zero_point outside; for the zero point, 0 inside and -scale
-        outside.
+        outside. Half-precision inputs are computed in the precision of the scale.
     """
     if round_zero_point:
         zero_point = zero_point + (torch.round(zero_point) - zero_point).detach()

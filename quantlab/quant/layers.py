@@ -55,7 +55,7 @@ class _Quantized(nn.Module):
     def float_weight(self) -> Tensor:
         """The weight with adapter and smoothing, before quantization [out, in / groups, *k]."""
         weight = self.weight if self.adapter is None else self.weight + self.adapter.delta()
-        return weight if self.smoothing is None else weight * self._weight_smoothing()
+        return weight if self.smoothing is None else (weight * self._weight_smoothing()).to(weight.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
@@ -84,7 +84,8 @@ class _Quantized(nn.Module):
         if self.smoothing is not None:
             reciprocal = 1 / self.smoothing
             # A convolution's channels are dimension 1, a linear layer's the last.
-            x = x * (reciprocal.view(1, -1, *(1,) * (x.dim() - 2)) if isinstance(self, nn.Conv2d) else reciprocal)
+            shape = (-1, *(1,) * (x.dim() - 2)) if isinstance(self, nn.Conv2d) else (-1,)
+            x = (x * reciprocal.view(shape)).to(x.dtype)
         if self.input_quantizer is None:
             return x
         if timestep is not None and timestep.shape[0] != x.shape[0]:

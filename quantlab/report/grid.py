@@ -38,6 +38,8 @@ def save_grid(rows: Sequence[GridRow], path: Path) -> None:
         top = GAP + line * cell_height
         draw.text((GAP * 2, top + cell_height // 2 - 10), row.title, fill="black", font=font)
         for column, pixels in enumerate(row.images):
-            image = Image.fromarray(pixels).convert("RGB").resize((width * SCALE, height * SCALE), Image.Resampling.NEAREST)
+            image = (
+                Image.fromarray(pixels).convert("RGB").resize((width * SCALE, height * SCALE), Image.Resampling.NEAREST)
+            )
             canvas.paste(image, (LABEL_WIDTH + column * cell_width, top))
     atomic_write(path, lambda partial: canvas.save(partial, format="PNG"))

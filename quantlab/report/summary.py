@@ -46,11 +46,20 @@ class Summary:
         shown = ", ".join(f"{key}={value}" for key, value in setting.items()) if row.method != FULL_PRECISION else ""
         numbers = [show_interval(line.metrics[name]) if name in line.metrics else "-" for name in METRICS]
         seconds = sum(each.seconds for each in line.rows) / len(line.rows)
-        return [row.model, row.method, bits, shown, str(len(line.rows)), f"{row.size_bytes:,}", *numbers, f"{seconds:.0f}"]
+        return [
+            row.model,
+            row.method,
+            bits,
+            shown,
+            str(len(line.rows)),
+            f"{row.size_bytes:,}",
+            *numbers,
+            f"{seconds:.0f}",
+        ]
 
 
 def show_interval(value: Interval) -> str:
-    """"0.485 ± 0.040", or the value alone when there is one."""
+    """ "0.485 ± 0.040", or the value alone when there is one."""
     return f"{value.mean:.4g}" if value.count < 2 else f"{value.mean:.4g} ± {value.half_width:.2g}"
 
 

@@ -50,7 +50,9 @@ class RunContext:
 
     def versions(self, *choices: tuple[Kind, Choice]) -> dict[str, JSON]:
         """The versions of the chosen plugin classes, for a stage's key."""
-        return {f"{kind}/{choice.name}": self.registry.find(kind, choice.name).value.version for kind, choice in choices}
+        return {
+            f"{kind}/{choice.name}": self.registry.find(kind, choice.name).value.version for kind, choice in choices
+        }
 
 
 def as_json(section: BaseModel) -> JSON:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,20 +54,26 @@ def capture(context: RunContext, task: Task) -> Captured:
     key = {"version": CAPTURE_VERSION, "weights": fingerprint(task), "torch": torch.__version__}
 
     def compute(folder: Path, progress: Progress) -> None:
-        graph = capture_verified(task.network, task.example_inputs, task.static)
+        graph, sites = capture_sites(task)
         (folder / "graph.json").write_text(to_json(graph))
-        (folder / "sites.json").write_bytes(_SITES.dump_json(find_sites(task.network, graph), indent=1))
+        (folder / "sites.json").write_bytes(_SITES.dump_json(sites, indent=1))
 
     stage = context.stage("capture", "Capture the graph", key, compute, link="capture")
     graph = from_json(stage.file("graph.json").read_text())
     return Captured(task, graph, _SITES.validate_json(stage.file("sites.json").read_bytes()), stage)
 
 
-def plan(captured: Captured, keep: tuple[Keep, ...], budget: Budget, origin: Mapping[str, str]) -> Plan:
+def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
+    """The verified graph of a task's network, and its sites."""
+    graph = capture_verified(task.network, task.example_inputs, task.static)
+    return graph, find_sites(task.network, graph)
+
+
+def plan(sites: Sequence[Site], keep: Sequence[Keep], budget: Budget, origin: Mapping[str, str]) -> Plan:
     """Nominal bits of every site; raises RecipeError for a pattern that matches nothing."""
-    rules = match_sites(keep, [site.name for site in captured.sites], origin=origin)
+    rules = match_sites(keep, [site.name for site in sites], origin=origin)
     bits = {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
-    return make_plan(captured.sites, bits, budget)
+    return make_plan(sites, bits, budget)
 
 
 @dataclass(frozen=True)
@@ -105,5 +111,10 @@ def calibrate(
 
 
 def plan_digest(plan: Plan) -> str:
-    """Hash of the nominal bits, for the key of assignment and for the layer set of the protocol id."""
+    """Hash of the nominal bits, for the key of assignment."""
     return digest_of({e.site.name: [e.weight_bits, e.activation_bits, e.budgeted] for e in plan.sites})
+
+
+def layer_set_digest(plan: Plan) -> str:
+    """Hash of which sites the budget is about and of the bits of all others, for the protocol id."""
+    return digest_of({e.site.name: "budget" if e.budgeted else e.weight_bits for e in plan.sites})

@@ -15,13 +15,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
-from quantlab.contracts.model import Inputs
 from quantlab.contracts.sections import Tune
 from quantlab.contracts.tuning import (
     OUTPUT,
     AdapterSpec,
     ConvAdapter,
-    Loss,
     StepContext,
     TuneJob,
     Tuner,
@@ -146,20 +144,25 @@ def parameter_groups(layers: Mapping[str, nn.Module], settings: Tune, scale_offs
         if part == "adapter":
             rate = settings.adapter_learning_rate
             if rate is None:
-                scale = layers[name].weight_quantizer.scale  # type: ignore[union-attr]
-                rate = (float(scale.detach().abs().mean()) + scale_offset) / SCALE_TO_LEARNING_RATE  # type: ignore[union-attr]
+                rate = (mean_scale(layers[name]) + scale_offset) / SCALE_TO_LEARNING_RATE
         else:
             rate = settings.weight_learning_rate if part == "weight" else settings.activation_learning_rate
         by_rate.setdefault((part, rate), []).append(parameter)
     return [{"params": parameters, "lr": rate} for (_, rate), parameters in by_rate.items() if rate > 0]
 
 
+def mean_scale(layer: nn.Module) -> float:
+    """Mean scale of a layer's weight quantizer."""
+    parameters = layer.weight_quantizer.qparams()  # type: ignore[union-attr]
+    return float(parameters.scale.abs().mean())
+
+
 def _parameters(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter, str]]:
     """Site, parameter and part ("adapter", "weight", "activation") of everything that may be trained."""
     for name, layer in layers.items():
-        for attribute, part in (("adapter", "adapter"), ("weight_quantizer", "weight"), ("input_quantizer", "activation")):
-            module = getattr(layer, attribute)
-            if module is not None:
+        parts = {"adapter": layer.adapter, "weight": layer.weight_quantizer, "activation": layer.input_quantizer}
+        for part, module in parts.items():
+            if isinstance(module, nn.Module):
                 yield from ((name, parameter, part) for parameter in module.parameters())
 
 
@@ -213,5 +216,3 @@ def _restore(
     for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
         group["lr"] = base * schedule.lr_lambdas[0](iteration)
     return iteration
-
-

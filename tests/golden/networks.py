@@ -86,7 +86,9 @@ class GuidedTask(Task):
 
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
         rng = torch.Generator().manual_seed(0)
-        width = next(p for name, p in self.network.named_parameters() if name.startswith(("conv_in", "input_blocks"))).shape[0]
+        width = next(
+            p for name, p in self.network.named_parameters() if name.startswith(("conv_in", "input_blocks"))
+        ).shape[0]
         return {
             "x": torch.randn(batch, 3, 4, 4, generator=rng),
             "timestep": torch.arange(batch) * 7,

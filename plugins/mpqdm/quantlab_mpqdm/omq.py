@@ -103,7 +103,9 @@ class KurtosisPolicy(BitPolicy):
         if self.config.force is not None:
             return min(self.config.force * max(1, site.out_channels // 10), site.out_channels // 2)
         given = problem.given.weight_bits[site.name]
-        input_bits = problem.given.activation_bits[site.name, site.slots[0].name] if self.config.quantize_inputs else None
+        input_bits = (
+            problem.given.activation_bits[site.name, site.slots[0].name] if self.config.quantize_inputs else None
+        )
         best, best_error = 0, math.inf
         for count in self.candidates(site.out_channels):
             candidate = self._bits(site, given, order, count)

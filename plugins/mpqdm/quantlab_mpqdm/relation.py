@@ -26,7 +26,9 @@ class RelationConfig(Strict):
         default=True,
         description="the current step's features are attached; the released code detaches them and trains nothing",
     )
-    feature: str | None = Field(default=None, description="path of the module whose output is compared; none: last block")
+    feature: str | None = Field(
+        default=None, description="path of the module whose output is compared; none: last block"
+    )
 
 
 class RelationLoss(Loss):
@@ -63,7 +65,9 @@ class RelationLoss(Loss):
         """Forget the window."""
         self._window.clear()
 
-    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], step: StepContext) -> Tensor | None:
+    def __call__(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], step: StepContext
+    ) -> Tensor | None:
         """The weighted divergence at the end of each window, None before."""
         path = self._feature
         assert path is not None, "taps() is asked for before the first step"

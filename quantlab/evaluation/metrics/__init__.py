@@ -1,10 +1,14 @@
 """The metrics that come with quantlab, one a file."""
 
-from quantlab.evaluation.metrics.accuracy import Accuracy
-from quantlab.evaluation.metrics.fid import Fid, FidToTeacher
-from quantlab.evaluation.metrics.inception_score import InceptionScoreMetric
-from quantlab.evaluation.metrics.paired_error import PairedError
-from quantlab.evaluation.metrics.precision_recall import PrecisionRecall
+from quantlab.torchvision_shim import ensure_torchvision_imports
+
+ensure_torchvision_imports()  # the modules below subclass torchmetrics' Metric
+
+from quantlab.evaluation.metrics.accuracy import Accuracy  # noqa: E402
+from quantlab.evaluation.metrics.fid import Fid, FidToTeacher  # noqa: E402
+from quantlab.evaluation.metrics.inception_score import InceptionScoreMetric  # noqa: E402
+from quantlab.evaluation.metrics.paired_error import PairedError  # noqa: E402
+from quantlab.evaluation.metrics.precision_recall import PrecisionRecall  # noqa: E402
 
 METRICS = (Fid, FidToTeacher, InceptionScoreMetric, PrecisionRecall, Accuracy, PairedError)
 """As ``evaluate.metrics`` names them."""

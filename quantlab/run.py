@@ -1,0 +1,174 @@
+"""The stages of a run, in their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantlab.allocation.cost import planned_cost, student_cost
+from quantlab.allocation.plan import Plan, mean_weight_bits
+from quantlab.contracts.model import GenerativeTask
+from quantlab.errors import RecipeError
+from quantlab.plugins import Kind
+from quantlab.recipe.load import LoadedRecipe, for_method
+from quantlab.recipe.schema import Recipe
+from quantlab.report.console import Console
+from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
+from quantlab.report.tables import markdown
+from quantlab.stages import describe, evaluate, prepare, quantize
+from quantlab.stages.context import RunContext
+from quantlab.store import JSON, Store, create_run, digest_of
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a recipe runs.
+
+    Attributes:
+        runs_dir: run folders and stored stages.
+        device: "cpu", "cuda", ...
+        dtype: "float32", "bfloat16" or "float16".
+        dry_run: stop after the plan.
+        console: whom to tell.
+    """
+
+    runs_dir: Path
+    device: str
+    dtype: str
+    dry_run: bool
+    console: Console
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came out of a run: full precision first, then the baselines, then the recipe's own method."""
+
+    folder: Path | None
+    rows: tuple[Row, ...]
+    text: str
+
+    def table(self) -> str:
+        """What is printed at the end."""
+        return self.text
+
+    def to_json(self) -> dict[str, JSON]:
+        """What ``--json`` prints."""
+        return {"folder": str(self.folder) if self.folder else None, "rows": [row_to_json(row) for row in self.rows]}
+
+
+def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
+    """Run the recipe's method and its baselines, and measure them beside full precision."""
+    recipe, console = loaded.recipe, options.console
+    task = load_task(loaded, options.device, options.dtype)
+    if options.dry_run:
+        return RunResult(None, (), dry_run(loaded, task, options))
+    folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
+    context = RunContext(Store(options.runs_dir), folder, loaded.registry, console)
+    describe.begin(context, loaded, options.device, options.dtype)
+
+    captured = prepare.capture(context, task)
+    values = sum(parameter.numel() for parameter in task.network.parameters())
+    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, loaded.origin)
+    cost = planned_cost(plan, values, recipe.sampling.steps if recipe.activations.per_timestep else 1)
+    folder.write_json("plan.json", describe.plan_json(plan, cost))
+    coverage = describe.coverage_text(plan, cost)
+    console.info(coverage)
+    calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
+    reference = evaluate.reference(context, task, captured, recipe.sampling, recipe.evaluate)
+    protocol = evaluate.protocol_id(context, task, captured, recipe.sampling, recipe.evaluate, plan)
+
+    measured = evaluate.evaluate(context, task, reference, None, recipe.evaluate, "float")
+    rows = [float_row(recipe, measured, values, protocol)]
+    images = [(FULL_PRECISION, measured.images)]
+    for method in (*recipe.baselines, recipe.method):
+        arm = for_method(loaded, method)
+        plan = prepare.plan(captured.sites, arm.keep, arm.budget, loaded.origin)
+        assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
+        tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
+        final = quantize.finalize(context, tuned, method)
+        measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
+        seconds = sum({stage.digest: stage.seconds for stage in (assigned.stage, tuned.stage, final.stage)}.values())
+        rows.append(quantized_row(loaded, arm, plan, final, measured, values, seconds, protocol))
+        images.append((method, measured.images))
+    describe.finish(context, loaded, rows, images, coverage)
+    text = f"{markdown(rows)}\n\nsimulated in float; speed is not measured\n{coverage}\nrun folder: {folder.path}"
+    return RunResult(folder.path, tuple(rows), text)
+
+
+def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:
+    """The recipe's model as a task; raises RecipeError for a device or dtype that is not there."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise RecipeError("there is no such dtype", where="--dtype", got=dtype, allowed=", ".join(kinds))
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError("the device cannot be used", where="--device", got=f"{device} ({reason})") from error
+    source = loaded.registry.find(Kind.MODEL, loaded.recipe.model.source).value
+    return source(source.Config()).load(loaded.recipe.model, loaded.recipe.sampling, place, kinds[dtype])
+
+
+def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> str:
+    """Sites, bits, size and bit operations, with nothing measured and nothing kept."""
+    recipe = loaded.recipe
+    with options.console.task("Capture the graph"):
+        sites = prepare.capture_sites(task)[1]
+    plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin)
+    values = sum(parameter.numel() for parameter in task.network.parameters())
+    cost = planned_cost(plan, values, recipe.sampling.steps if recipe.activations.per_timestep else 1)
+    return describe.plan_text(plan, cost)
+
+
+def site_table(loaded: LoadedRecipe) -> str:
+    """The sites of a recipe's model with their bits: ``quantlab show sites``."""
+    return dry_run(loaded, load_task(loaded, "cpu", "float32"), RunOptions(Path(), "cpu", "float32", True, quiet()))
+
+
+def quiet() -> Console:
+    """A console that says nothing."""
+    from quantlab.report.console import make_console
+
+    return make_console(quiet=True)
+
+
+def float_row(recipe: Recipe, measured: evaluate.Measured, values: int, protocol: str) -> Row:
+    """The full-precision row."""
+    size = 4 * values
+    return Row(
+        FULL_PRECISION, recipe.model.name, 32, 32, size, size, 0.0, measured.metrics, 0.0, protocol, 0, True, False, ""
+    )
+
+
+def quantized_row(
+    loaded: LoadedRecipe,
+    arm: Recipe,
+    plan: Plan,
+    final: quantize.Quantized,
+    measured: evaluate.Measured,
+    values: int,
+    seconds: float,
+    protocol: str,
+) -> Row:
+    """The row of a method."""
+    cost = student_cost(final.student, final.bit_map, values)
+    inputs = [final.bit_map.activation_bits[site.name, site.slots[0].name] for site in plan.budgeted]
+    return Row(
+        method=arm.method,
+        model=arm.model.name,
+        weight_bits=mean_weight_bits(final.bit_map, plan.budgeted),
+        activation_bits=sum(inputs) / len(inputs),
+        size_bytes=cost.total_bytes,
+        float_bytes=cost.float_model_bytes,
+        coverage=cost.coverage,
+        metrics=measured.metrics,
+        seconds=seconds,
+        protocol=protocol,
+        seed=arm.seed,
+        data_free=loaded.registry.method(arm.method).data_free,
+        simulated=True,
+        allocation=str(quantize.bit_map_to_json(final.bit_map)["digest"]),
+    )

@@ -1,0 +1,149 @@
+"""What a run tells a person: its environment, coverage and cost, and the files at its end."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantlab.allocation.plan import Plan
+from quantlab.contracts.allocation import FLOAT_BITS
+from quantlab.quant.accounting import Accounting
+from quantlab.recipe.explain import resolved_yaml
+from quantlab.recipe.load import LoadedRecipe
+from quantlab.report.grid import GridRow, save_grid
+from quantlab.report.html import Report, StageLine, save_html
+from quantlab.report.rows import Row, row_to_json
+from quantlab.report.tables import markdown_of
+from quantlab.stages.context import RunContext
+from quantlab.store import JSON
+
+PACKAGES = ("quantlab", "torch", "diffusers", "torchmetrics", "numpy", "safetensors")
+
+
+def environment(device: str, dtype: str, seed: int) -> dict[str, JSON]:
+    """Versions, machine and seeds: what someone needs to repeat the run."""
+
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "python": sys.version.split()[0],
+        "packages": {package: version_of(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": device if not device.startswith("cuda") else f"{device}: {torch.cuda.get_device_name(device)}",
+        "dtype": dtype,
+        "seed": seed,
+    }
+
+
+def _processor() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()}, {capability}"
+
+
+def coverage_text(plan: Plan, cost: Accounting) -> str:
+    """How much of the computation is quantized, and what stays float and why."""
+    reasons: dict[str, list[str]] = {}
+    for entry in plan.sites:
+        if not entry.quantized:
+            reasons.setdefault(entry.reason, []).append(entry.site.name)
+    left = "; ".join(f"{len(names)} {reason} ({_shortened(names)})" for reason, names in reasons.items())
+    quantized = len(plan.quantized)
+    text = f"{cost.coverage:.1%} of the multiply-accumulates at {quantized} of {len(plan.sites)} sites are quantized"
+    return f"{text}; float: {left}" if left else text
+
+
+def _shortened(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:2])
+    return shown if len(names) <= 2 else f"{shown}, ..."
+
+
+def plan_text(plan: Plan, cost: Accounting) -> str:
+    """The table of a dry run: bits of every site, then size and bit operations."""
+    lines = [["site", "kind", "weight", "MACs", "bits W/A", "tags"]]
+    for entry in plan.sites:
+        shape = "x".join(map(str, entry.site.weight_shape or ()))
+        bits = f"{_bits(entry.weight_bits)}/{_bits(entry.activation_bits)}"
+        kept = "" if entry.budgeted else " (kept)"
+        tags = ", ".join(sorted(entry.site.tags))
+        lines.append([entry.site.name, str(entry.site.kind), shape, f"{entry.site.macs:,}", bits + kept, tags])
+    size = (
+        f"size {cost.total_bytes:,} bytes, {cost.float_model_bytes / cost.total_bytes:.1f} times smaller than float; "
+        f"{cost.bit_operations / 1e9:.3f} G bit operations a forward at batch 1"
+    )
+    return f"{markdown_of(lines)}\n\n{size}\n{coverage_text(plan, cost)}"
+
+
+def _bits(bits: int) -> str:
+    return "float" if bits == FLOAT_BITS else str(bits)
+
+
+def plan_json(plan: Plan, cost: Accounting) -> dict[str, JSON]:
+    """The plan for the run folder."""
+    sites: list[JSON] = [
+        {
+            "name": entry.site.name,
+            "weight_bits": entry.weight_bits,
+            "activation_bits": entry.activation_bits,
+            "budgeted": entry.budgeted,
+            "reason": entry.reason,
+        }
+        for entry in plan.sites
+    ]
+    return {"sites": sites, "size_bytes": cost.total_bytes, "bit_operations": cost.bit_operations}
+
+
+def begin(context: RunContext, loaded: LoadedRecipe, device: str, dtype: str) -> None:
+    """Write what was asked for into the run folder."""
+    context.folder.write_text("recipe.yaml", loaded.text)
+    context.folder.write_text("recipe.resolved.yaml", resolved_yaml(loaded.recipe))
+    context.folder.write_json("origins.json", dict(loaded.origin))
+    context.folder.write_json("environment.json", environment(device, dtype, loaded.recipe.seed))
+
+
+def finish(
+    context: RunContext, loaded: LoadedRecipe, rows: Sequence[Row], images: Sequence[tuple[str, Tensor]], coverage: str
+) -> None:
+    """Write the sample grid, the page and, last, the metrics: a run with metrics is complete."""
+    folder = context.folder.path
+    grid = None
+    count = loaded.recipe.evaluate.grid
+    if count and images:
+        grid = folder / "samples.png"
+        save_grid([GridRow(title, _pixels(each[:count])) for title, each in images], grid)
+    report = Report(
+        title=f"{loaded.recipe.name}: {loaded.recipe.method}",
+        rows=rows,
+        coverage=coverage,
+        stages=_stages(context),
+        recipe=(folder / "recipe.resolved.yaml").read_text(),
+        environment=(folder / "environment.json").read_text(),
+        grid=grid,
+    )
+    save_html(report, folder / "report.html")
+    context.folder.write_json("metrics.json", {"schema_version": 1, "rows": [row_to_json(row) for row in rows]})
+
+
+def _stages(context: RunContext) -> list[StageLine]:
+    """The stages of this run from its events."""
+    file = context.folder.path / "events.jsonl"
+    events = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [StageLine(event["stage"], event["seconds"], event["status"]) for event in events if "stage" in event]
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """Images [N, C, H, W] in [-1, 1] as uint8 [N, H, W] or [N, H, W, 3]."""
+    values = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
+    return values[..., 0] if values.shape[-1] == 1 else values

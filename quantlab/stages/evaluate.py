@@ -1,0 +1,155 @@
+"""Reference images and measured rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantlab.allocation.plan import Plan
+from quantlab.allocation.student import tapped_run
+from quantlab.contracts.model import GenerativeTask, Progress, Run
+from quantlab.contracts.sections import Choice, Evaluate, Sampling
+from quantlab.evaluation.samples import SampleSet
+from quantlab.plugins import Kind
+from quantlab.stages.context import RunContext, as_json
+from quantlab.stages.prepare import Captured, layer_set_digest
+from quantlab.stages.quantize import Quantized
+from quantlab.store import JSON, StageFolder, digest_of
+
+REFERENCE_VERSION = 1
+EVALUATE_VERSION = 1
+OTHER_NOISE = 1_000_003
+"""Added to the noise seed for the float images that FID to the teacher compares with."""
+
+
+@dataclass(frozen=True)
+class ReferenceImages:
+    """What the float model draws.
+
+    Attributes:
+        images: from the evaluation's noise [N, C, H, W].
+        other: from other noise.
+    """
+
+    images: Tensor
+    other: Tensor
+    stage: StageFolder
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metric values of one method, and its images."""
+
+    metrics: dict[str, float | None]
+    images: Tensor
+    stage: StageFolder
+
+
+def draw(task: GenerativeTask, run: Run, settings: Evaluate, seed: int, progress: Progress) -> Tensor:
+    """``settings.samples`` images; an image's noise does not depend on the batch it is drawn in."""
+    noise, labels = task.draw_noise(settings.samples, seed), task.labels(settings.samples)
+    images = []
+    for start in range(0, settings.samples, settings.batch):
+        part = slice(start, start + settings.batch)
+        images.append(task.sample(run, noise[part], labels[part], seed + start))
+        progress(min(start + settings.batch, settings.samples), settings.samples)
+    return torch.cat(images).cpu()
+
+
+def reference(
+    context: RunContext, task: GenerativeTask, captured: Captured, sampling: Sampling, settings: Evaluate
+) -> ReferenceImages:
+    """Draw with the float model, once for all methods."""
+    key: dict[str, JSON] = {
+        "version": REFERENCE_VERSION,
+        "capture": captured.stage.digest,
+        "sampling": as_json(sampling),
+        "samples": settings.samples,
+        "batch": settings.batch,
+        "noise_seed": settings.noise_seed,
+    }
+
+    def compute(folder: Path, progress: Progress) -> None:
+        tapped = tapped_run(task.network, captured.graph, ())
+        count = settings.samples
+
+        def run(inputs: object) -> Tensor:
+            return tapped(inputs)[0]  # type: ignore[arg-type]
+
+        images = draw(task, run, settings, settings.noise_seed, lambda done, _: progress(done, 2 * count))
+        seed = settings.noise_seed + OTHER_NOISE
+        other = draw(task, run, settings, seed, lambda done, _: progress(count + done, 2 * count))
+        save_file({"images": images, "other": other}, folder / "images.safetensors")
+
+    stage = context.stage("reference", "Draw float reference images", key, compute, link="reference")
+    tensors = load_file(stage.file("images.safetensors"))
+    return ReferenceImages(tensors["images"], tensors["other"], stage)
+
+
+def evaluate(
+    context: RunContext,
+    task: GenerativeTask,
+    reference_images: ReferenceImages,
+    quantized: Quantized | None,
+    settings: Evaluate,
+    arm: str,
+) -> Measured:
+    """Draw with a quantized model, or take the float model's own images, and compute the metrics."""
+    names = [Choice(name=name) for name in settings.metrics]
+    key: dict[str, JSON] = {
+        "version": EVALUATE_VERSION,
+        "reference": reference_images.stage.digest,
+        "model": quantized.stage.digest if quantized else "float",
+        "metrics": list(settings.metrics),
+        "plugins": context.versions(*((Kind.METRIC, choice) for choice in names)),
+    }
+
+    def compute(folder: Path, progress: Progress) -> None:
+        if quantized is None:
+            images = reference_images.images
+        else:
+            images = draw(task, quantized.student.run, settings, settings.noise_seed, progress)
+        features, logits = (part.cpu() for part in task.judge(images.to(task.device)))
+        samples = SampleSet(
+            images=images,
+            labels=task.labels(len(images)).cpu(),
+            features=features,
+            logits=logits,
+            teacher_images=reference_images.images,
+            teacher_features=task.judge(reference_images.other.to(task.device))[0].cpu(),
+            reference_features=task.reference().features.cpu(),
+        )
+        values: dict[str, float | None] = {}
+        for choice in names:
+            for name, value in context.registry.create(Kind.METRIC, choice).compute(samples).items():
+                values[name] = value if abs(value) < float("inf") else None
+        (folder / "metrics.json").write_text(json.dumps(values, indent=1))
+        save_file({"images": images}, folder / "images.safetensors")
+
+    stage = context.stage("evaluate", f"{arm}: draw and measure", key, compute, link=f"{arm}/evaluate")
+    metrics = json.loads(stage.file("metrics.json").read_text())
+    return Measured(metrics, load_file(stage.file("images.safetensors"))["images"], stage)
+
+
+def protocol_id(
+    context: RunContext, task: GenerativeTask, captured: Captured, sampling: Sampling, settings: Evaluate, plan: Plan
+) -> str:
+    """Hash of everything that must be equal for two rows to be compared; a method's own seed is not part of it."""
+    metrics = [Choice(name=name) for name in settings.metrics]
+    return digest_of(
+        {
+            "capture": captured.stage.digest,
+            "reference_set": task.reference().name,
+            "judge": digest_of([float(value) for value in task.judge(task.draw_noise(8, 0).float())[1].flatten()]),
+            "sampling": as_json(sampling),
+            "samples": settings.samples,
+            "noise_seed": settings.noise_seed,
+            "metrics": context.versions(*((Kind.METRIC, choice) for choice in metrics)),
+            "layers": layer_set_digest(plan),
+        }
+    )
