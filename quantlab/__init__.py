@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
     from quantlab.contracts.config import Strict
@@ -47,11 +48,12 @@ if TYPE_CHECKING:
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
     from quantlab.recipe.schema import Recipe
-    from quantlab.run import RunOptions, RunResult, load_quantized, quantize
+    from quantlab.run import RunOptions, RunResult
     from quantlab.run import run as run_recipe
 
 # What each module gives; "run_recipe=run" renames, since quantlab.run is the module.
 _NAMES = {
+    "api": "LoadedRun QuantizedModule load_quantized quantize",
     "bench": "run_bench=bench",
     "contracts.allocation": "FLOAT_BITS AllocationProblem BitMap BitPolicy SiteData",
     "contracts.config": "Strict",
@@ -71,7 +73,7 @@ _NAMES = {
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
     "recipe.schema": "Recipe",
-    "run": "RunOptions RunResult load_quantized quantize run_recipe=run",
+    "run": "RunOptions RunResult run_recipe=run",
 }
 _WHERE = {
     public: (f"quantlab.{module}", name or public)
@@ -93,6 +95,7 @@ __all__ = [
     "Checkpoint",
     "ConvAdapter",
     "LoadedRecipe",
+    "LoadedRun",
     "Loss",
     "Method",
     "ModelError",
@@ -103,6 +106,7 @@ __all__ = [
     "PluginError",
     "QParams",
     "QuantSpec",
+    "QuantizedModule",
     "Quantizer",
     "QuantlabError",
     "Recipe",

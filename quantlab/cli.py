@@ -222,7 +222,7 @@ def sample(
 ) -> None:
     """Draw images from the quantized model of a run."""
     with told(verbose):
-        from quantlab.run import sample as sample_run
+        from quantlab.api import sample as sample_run
 
         print(sample_run(run_folder, number, seed, output, device))
 

@@ -97,6 +97,19 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     return RunResult(folder.path, tuple(rows), text)
 
 
+def cell_digest(loaded: LoadedRecipe) -> str:
+    """Hash of everything a run's numbers depend on: the recipe, the plugins' and the stages' versions."""
+    recipe, registry = loaded.recipe, loaded.registry
+    chosen = [(Kind.PASS, choice) for choice in recipe.passes] + [(Kind.POLICY, choice) for choice in recipe.allocate]
+    chosen += [(Kind.QUANTIZER, recipe.weights.quantizer), (Kind.QUANTIZER, recipe.activations.quantizer)]
+    chosen += [(Kind.LOSS, choice) for choice in recipe.tune.losses]
+    chosen += [(Kind.TUNER, recipe.tune.tuner)] if recipe.tune.tuner else []
+    plugins = {f"{kind}/{choice.name}": registry.find(kind, choice.name).value.version for kind, choice in chosen}
+    stages = [prepare.CAPTURE_VERSION, prepare.CALIBRATE_VERSION, quantize.ASSIGN_VERSION, quantize.TUNE_VERSION]
+    stages += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION]
+    return digest_of({"recipe": recipe.model_dump(mode="json"), "plugins": plugins, "stages": stages})
+
+
 def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:
     """The recipe's model as a task; raises RecipeError for a device or dtype that is not there."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,7 +16,7 @@ from quantlab.contracts.quant import PerChannel, PerTensor, QuantSpec
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.sections import Activations, Weights
 from quantlab.contracts.tuning import AdapterSpec, TappedRun
-from quantlab.graph.capture import CapturedGraph
+from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.passes.insert_quantizers import insert_quantizers
 from quantlab.graph.passes.taps import attach_taps
 from quantlab.graph.run import runner

@@ -6,7 +6,7 @@ They are the settings that cross from the recipe to the stages: a stage gets its
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -25,9 +25,12 @@ class Choice(Strict):
     def _from_yaml(cls, value: object) -> object:
         if isinstance(value, str):
             return {"name": value}
-        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
-            ((name, options),) = value.items()
-            return {"name": name, "options": options or {}}
+        if isinstance(value, dict):
+            given = cast(dict[object, object], value)
+            if len(given) == 1 and "name" not in given:
+                ((name, options),) = given.items()
+                return {"name": name, "options": options or {}}
+            return given
         return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -50,7 +50,7 @@ class Site:
     weight_shape: tuple[int, ...] | None
     macs: int
     slots: tuple[Slot, ...]
-    tags: frozenset[str] = field(default_factory=frozenset)
+    tags: frozenset[str] = frozenset()
     block: str = ""
     groups: int = 1
 

@@ -56,8 +56,8 @@ def capture(
     """
     captured = _trace(model, example, static, leaves)
     notes: list[str] = []
-    captured = _open_dtypes(captured, model, example, static, leaves, notes)
     captured = _open_batch(captured, model, example, static, leaves, notes)
+    captured = _open_dtypes(captured, model, example, static, leaves, notes)
     return replace(captured, notes=(*captured.notes, *notes))
 
 

@@ -139,7 +139,9 @@ def drop_flipped_guards(graph: fx.Graph, other: fx.Graph) -> frozenset[str]:
     """Erase the guards that came out differently in ``other``, an aligned graph; returns their conditions."""
     held = {node.args[4]: node.args[3] for node in other.nodes if node.target is require}
     flipped = frozenset(
-        str(node.args[4]) for node in graph.nodes if node.target is require and held.get(node.args[4]) != node.args[3]
+        str(node.args[4])
+        for node in graph.nodes
+        if node.target is require and held.get(node.args[4], node.args[3]) != node.args[3]
     )
     for node in list(graph.nodes):
         if node.target is require and node.args[4] in flipped:

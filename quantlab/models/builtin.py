@@ -58,7 +58,8 @@ class DigitsTask(GenerativeTask):
     def __init__(self, name: str, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> None:
         self.name, self.device, self.dtype = name, device, dtype
         try:
-            self.network = digits.load_unet(name).to(device, dtype)
+            self.network = digits.load_unet(name)
+            self.network.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]  # diffusers decorates it
             self.classifier = digits.load_classifier().to(device)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(

@@ -122,7 +122,7 @@ def finish(
     count = loaded.recipe.evaluate.grid
     if count and images:
         grid = folder / "samples.png"
-        save_grid([GridRow(title, _pixels(each[:count])) for title, each in images], grid)
+        save_grid([GridRow(title, pixels(each[:count])) for title, each in images], grid)
     report = Report(
         title=f"{loaded.recipe.name}: {loaded.recipe.method}",
         rows=rows,
@@ -143,7 +143,7 @@ def _stages(context: RunContext) -> list[StageLine]:
     return [StageLine(event["stage"], event["seconds"], event["status"]) for event in events if "stage" in event]
 
 
-def _pixels(images: Tensor) -> np.ndarray:
+def pixels(images: Tensor) -> np.ndarray:
     """Images [N, C, H, W] in [-1, 1] as uint8 [N, H, W] or [N, H, W, 3]."""
     values = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
     return values[..., 0] if values.shape[-1] == 1 else values

@@ -17,7 +17,7 @@ from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import CalibrationSet, Progress, Task
 from quantlab.contracts.sections import Budget, Calibrate, Keep, Sampling
 from quantlab.contracts.site import Site
-from quantlab.graph.capture import CapturedGraph
+from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
 from quantlab.graph.verify import capture_verified
@@ -60,7 +60,12 @@ def capture(context: RunContext, task: Task) -> Captured:
 
     stage = context.stage("capture", "Capture the graph", key, compute, link="capture")
     graph = from_json(stage.file("graph.json").read_text())
-    return Captured(task, graph, _SITES.validate_json(stage.file("sites.json").read_bytes()), stage)
+    return Captured(task, graph, sites_from_json(stage.file("sites.json").read_bytes()), stage)
+
+
+def sites_from_json(content: bytes) -> tuple[Site, ...]:
+    """Sites as the capture stage wrote them."""
+    return _SITES.validate_json(content)
 
 
 def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:

@@ -54,9 +54,9 @@ def load_images() -> tuple[Tensor, Tensor]:
     """All scans as float images [1797, 1, 8, 8] in [-1, 1], and their classes, int64 [1797]."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32) / 8.0 - 1.0
-    return images.unsqueeze(1), torch.tensor(data.target, dtype=torch.int64)
+    pixels, classes = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32) / 8.0 - 1.0  # 0 to 16 becomes -1 to 1
+    return images.view(-1, *IMAGE_SHAPE), torch.tensor(classes, dtype=torch.int64)
 
 
 def build_unet() -> UNet2DModel:

@@ -23,7 +23,7 @@ class _Features(nn.Module):
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
-        return features
+        return features.flatten(1)
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -31,10 +31,11 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     ensure_torchvision_imports()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(_Features(features.shape[1]), normalize=True, input_img_size=(features.shape[1],))
+    count = features.shape[1]
+    metric = FrechetInceptionDistance(_Features(count), normalize=True, input_img_size=(count, 1, 1))
     metric.set_dtype(features.double().dtype)
-    metric.update(reference.double(), real=True)
-    metric.update(features.double(), real=False)
+    metric.update(reference.double()[:, :, None, None], real=True)
+    metric.update(features.double()[:, :, None, None], real=False)
     return metric.compute().item()
 
 

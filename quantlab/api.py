@@ -1,0 +1,183 @@
+"""Quantization from Python: a module in memory, or the model of an earlier run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantlab.allocation.cost import student_cost
+from quantlab.allocation.student import Student, build_student, restore
+from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.model import GenerativeTask
+from quantlab.contracts.sections import Evaluate
+from quantlab.errors import ArtefactError
+from quantlab.graph.bind import bind
+from quantlab.graph.serialize import from_json
+from quantlab.models.module import Batch, ModuleTask
+from quantlab.plugins import Registry, load_registry
+from quantlab.quant.accounting import Accounting
+from quantlab.recipe.check import check, check_plugins
+from quantlab.recipe.layers import merge, node_of
+from quantlab.recipe.load import for_method, load_recipe
+from quantlab.recipe.schema import SCHEMA_VERSION, Recipe
+from quantlab.report.console import Console, make_console
+from quantlab.report.grid import GridRow, save_grid
+from quantlab.run import load_task
+from quantlab.stages import prepare
+from quantlab.stages import quantize as quantize_stages
+from quantlab.stages.context import RunContext
+from quantlab.stages.describe import coverage_text, pixels
+from quantlab.stages.evaluate import draw
+from quantlab.store import Store, create_run, read_json
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """What ``quantize`` returns.
+
+    Attributes:
+        module: a copy of the module whose forward computes with quantized values, called as before.
+        bit_map: bits of every channel and input.
+        accounting: bytes and bit operations.
+        coverage: how much is quantized, and what stays float and why.
+    """
+
+    module: nn.Module
+    bit_map: BitMap
+    accounting: Accounting
+    coverage: str
+
+
+def quantize(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    method: str = "mse",
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 8,
+    keep: Mapping[str, int | str] | None = None,
+    samples: int = 128,
+    iterations: int = 300,
+    seed: int = 0,
+    settings: Mapping[str, object] | None = None,
+    timestep_input: str | None = None,
+    registry: Registry | None = None,
+    console: Console | None = None,
+) -> QuantizedModule:
+    """Quantize any module in memory; the module itself is not changed.
+
+    Args:
+        module: in evaluation mode, or its dropout is captured as training.
+        batches: inputs of its forward: a tensor, a sequence of tensors or a dict for each batch.
+        method: as ``quantlab list methods`` shows.
+        weight_bits: mean bits of the weights.
+        activation_bits: bits of the inputs of sites.
+        keep: patterns over site names with their own bits, or "float".
+        samples: rows of the batches that calibration uses.
+        iterations: optimizer steps, for a method that tunes.
+        seed: of everything random.
+        settings: further recipe sections, such as ``{"tune": {"rank": 8}}``.
+        timestep_input: the keyword that carries the timestep, where its name does not tell.
+        registry: plugins; the installed ones without it.
+        console: progress; silent without it.
+
+    Raises:
+        RecipeError: an option, pattern or method is wrong.
+        ModelError: the batches do not fit the module.
+    """
+    registry = registry or load_registry()
+    task = ModuleTask(module, batches, timestep_input)
+    own = {
+        "version": SCHEMA_VERSION,
+        "model": {"source": "memory", "name": type(module).__name__},
+        "method": method,
+        "budget": {"weight_bits": weight_bits, "activation_bits": activation_bits},
+        "keep": [{"match": pattern, "bits": bits} for pattern, bits in (keep or {}).items()],
+        "calibrate": {"trajectories": samples, "samples": samples},
+        "tune": {"iterations": iterations},
+        "seed": seed,
+    }
+    root = node_of(registry.method(method, "quantize(method=...)").fragment, f"method {method}")
+    for layer in (own, settings or {}):
+        root = merge(root, node_of(layer, "quantize(...)"))
+    recipe = check_plugins(check(Recipe, root), root, registry)
+    with tempfile.TemporaryDirectory() as folder:
+        run_folder = create_run(Path(folder), "memory", "0" * 16)
+        context = RunContext(Store(Path(folder)), run_folder, registry, console or make_console(quiet=True))
+        return _quantize(context, task, recipe, samples)
+
+
+def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: int) -> QuantizedModule:
+    captured = prepare.capture(context, task)
+    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, {})
+    calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
+    rows = min(samples, calibrated.data.num_samples)
+    recipe = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"samples": rows})})
+    assigned = quantize_stages.assign_bits(context, captured, calibrated, plan, recipe, "memory")
+    tuned = quantize_stages.tune(context, captured, calibrated, assigned, recipe, "memory")
+    final = quantize_stages.finalize(context, tuned, "memory")
+    values = sum(parameter.numel() for parameter in task.network.parameters())
+    cost = student_cost(final.student, final.bit_map, values)
+    bound = bind(final.student.network, final.student.graph, task.timestep_input)
+    return QuantizedModule(bound, final.bit_map, cost, coverage_text(plan, cost))
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """The quantized model of a run folder."""
+
+    task: GenerativeTask
+    student: Student
+    recipe: Recipe
+    method: str
+
+
+def load_quantized(folder: str | Path, method: str | None = None, device: str = "cpu") -> LoadedRun:
+    """The quantized model of an earlier run.
+
+    Args:
+        folder: the run folder.
+        method: a method of the run; the recipe's own without it.
+        device: where to put it.
+
+    Raises:
+        ArtefactError: the folder is no complete run, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    file = folder / "recipe.resolved.yaml"
+    if not file.is_file():
+        raise ArtefactError("this is no run folder", where=str(folder), next_step="list them: quantlab runs")
+    loaded = load_recipe(file)
+    method = method or loaded.recipe.method
+    recipe = for_method(loaded, method)
+    final = folder / method / "finalize"
+    if not final.is_dir():
+        raise ArtefactError("the run has no such method, or did not finish", where=str(folder), got=method)
+    task = load_task(loaded, device, "float32")
+    graph = from_json((folder / "capture" / "graph.json").read_text())
+    sites = prepare.sites_from_json((folder / "capture" / "sites.json").read_bytes())
+    plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin)
+    bit_map = quantize_stages.bit_map_from_json(read_json(final / "allocation.json"))  # type: ignore[arg-type]
+    student = build_student(task, graph, plan)
+    choices = quantize_stages.choices_of(recipe, loaded.registry)
+    restore(student, bit_map, choices, quantize_stages.load_state(final / "final.safetensors"))
+    for layer in student.layers().values():
+        layer.freeze()
+    return LoadedRun(task, student, recipe, method)
+
+
+def sample(folder: Path, number: int, seed: int, output: Path, device: str) -> str:
+    """Draw images from the quantized model of a run into a PNG; returns a line about it."""
+    loaded = load_quantized(folder, device=device)
+    settings = Evaluate(samples=max(2, number), batch=250)
+    with make_console().task("Draw images") as progress, torch.no_grad():
+        images = draw(loaded.task, loaded.student.run, settings, seed, progress)[:number]
+    per_row = min(number, 16)
+    rows = [GridRow(loaded.method, pixels(part)) for part in images.split(per_row)]
+    save_grid(rows, output)
+    return f"{number} images of {loaded.method} in {output}"
