@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,8 +53,9 @@ class Schedule:
     @property
     def timesteps(self) -> Tensor:
         """int64 [steps], from the noisiest to the cleanest: evenly spaced from 1 (20 steps: 951, ..., 51, 1)."""
-        return self._scheduler().timesteps
+        return self._scheduler.timesteps
 
+    @cached_property
     def _scheduler(self) -> DDIMScheduler:
         ensure_torchvision_imports()
         from diffusers import DDIMScheduler
@@ -91,12 +93,17 @@ class Schedule:
         Returns:
             x_0 [B, C, H, W].
         """
-        scheduler = self._scheduler()
         x = noise
-        for index, timestep in enumerate(scheduler.timesteps.tolist()):
+        for index, timestep in enumerate(self.timesteps.tolist()):
             step_inputs = {"sample": x, "timestep": torch.full((len(x),), timestep, device=x.device), **conditions}
             prediction = predict(step_inputs)
             if observe is not None:
                 observe(SampleStep(index, step_inputs, prediction))
-            x = scheduler.step(prediction, timestep, x, eta=self.settings.eta, generator=rng, return_dict=False)[0]
+            x = self.step(index, prediction, x, rng)
         return x
+
+    def step(self, index: int, prediction: Tensor, x: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """x at the next step from the noise predicted at step ``index``; a pure function but for ``rng``."""
+        scheduler = self._scheduler
+        timestep = int(scheduler.timesteps[index])
+        return scheduler.step(prediction, timestep, x, eta=self.settings.eta, generator=rng, return_dict=False)[0]

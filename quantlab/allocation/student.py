@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantlab.allocation.plan import Plan, SitePlan
 from quantlab.contracts.allocation import FLOAT_BITS, BitMap
-from quantlab.contracts.model import Inputs, Task
+from quantlab.contracts.model import Inputs, Run, Task
 from quantlab.contracts.quant import PerChannel, PerTensor, QuantSpec
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.sections import Activations, Weights
@@ -54,11 +54,13 @@ class Student:
         network: the copy.
         graph: its graph, with the timestep threaded to the layers.
         plan: what each site is meant to be.
+        run: the quantized forward.
     """
 
     network: nn.Module
     graph: CapturedGraph
     plan: Plan
+    run: Run
 
     def layer(self, site: str) -> QuantizedLayer:
         """The quantized layer at a site."""
@@ -71,10 +73,6 @@ class Student:
     def trained_layers(self) -> Mapping[str, QuantizedLayer]:
         """The layers under the budget: those that tuning may change."""
         return {site.name: self.layer(site.name) for site in self.plan.budgeted}
-
-    def run(self, inputs: Inputs) -> Tensor:
-        """The quantized forward."""
-        return tapped_run(self.network, self.graph, ())(inputs)[0]
 
 
 def first_tensor(output: object) -> Tensor:
@@ -101,7 +99,8 @@ def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
     network = copy.deepcopy(task.network)
     names = [entry.site.name for entry in plan.quantized]
     graph = insert_quantizers(network, captured, names, task.timestep_input)
-    return Student(network.requires_grad_(False), graph, plan)
+    run = tapped_run(network, graph, ())
+    return Student(network.requires_grad_(False), graph, plan, lambda inputs: run(inputs)[0])
 
 
 def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices) -> None:

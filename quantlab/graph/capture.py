@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from quantlab.errors import CaptureError, QuantlabError
-from quantlab.graph.captured import CapturedGraph, CaptureMethod, OutputType
+from quantlab.graph.captured import CapturedGraph, CaptureMethod, OutputType, describe_output
 from quantlab.graph.functions import FunctionRecorder, OperatorWatch
 from quantlab.graph.inputs import RETURN_DICT, flatten, tensors_of
 from quantlab.graph.modules import recorded_modules
@@ -104,11 +104,9 @@ def _trace(model: nn.Module, example: Example, static: Mapping[str, object], lea
 
 def _finish(tracer: Tracer, output: Any) -> OutputType | None:
     """Close the graph with the output's tensors and drop what nothing uses."""
-    output_type = None
-    if hasattr(output, "to_tuple"):
-        fields = tuple(name for name in output if output[name] is not None)
-        output_type = OutputType(f"{type(output).__module__}:{type(output).__qualname__}", fields)
-        output = tuple(output[name] for name in fields)
+    output_type = describe_output(output)
+    if output_type is not None:
+        output = tuple(output[name] for name in output_type.fields)
     tracer.graph.output(tracer.argument(output))
     tracer.graph.eliminate_dead_code(is_kept)
     tracer.graph.lint()

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -94,3 +95,11 @@ class CapturedGraph:
             if node.name == name:
                 return node
         raise KeyError(name)
+
+
+def describe_output(output: Any) -> OutputType | None:
+    """The class of a wrapped output with the fields that are there; None for plain tensors."""
+    if not hasattr(output, "to_tuple"):
+        return None
+    fields = tuple(name for name in output if output[name] is not None)
+    return OutputType(f"{type(output).__module__}:{type(output).__qualname__}", fields)

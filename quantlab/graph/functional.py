@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 _LINEAR = (F.linear, torch.ops.aten.linear.default)
 _CONV = (F.conv2d, torch.conv2d, torch.ops.aten.conv2d.default)
+ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+"""Fused attention."""
 _CONV_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from quantlab.graph.captured import CapturedGraph
-from quantlab.graph.functional import layer_call
+from quantlab.graph.functional import ATTENTION, layer_call
 
 FIRST, LAST, TIME_EMBED, SKIP = "first", "last", "time_embed", "skip"
 QUERY, KEY, VALUE, OUT = "attention.query", "attention.key", "attention.value", "attention.out"
@@ -122,7 +122,7 @@ class _RoleFinder:
     def _attention_cores(self) -> Iterator[tuple[fx.Node, fx.Node, fx.Node, fx.Node]]:
         """Query, key, value and result of every attention, fused or written out with a softmax."""
         for node in self.nodes:
-            if node.target is F.scaled_dot_product_attention:
+            if node.target in ATTENTION:
                 given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
                 yield given["query"], given["key"], given["value"], node  # type: ignore[misc]
             elif self._is_softmax(node):

@@ -29,18 +29,23 @@ def runner(model: nn.Module, captured: CapturedGraph) -> Callable[[Mapping[str, 
     return lambda inputs: forward(model, inputs)
 
 
-def compile_graph(captured: CapturedGraph) -> Forward:
-    """The graph as a function of a model and the inputs, to be run with any copy of the model."""
+def compile_graph(captured: CapturedGraph, wrap: bool = True) -> Forward:
+    """The graph as a function of a model and the inputs, to be run with any copy of the model.
+
+    Args:
+        captured: the graph.
+        wrap: return what the captured call returned; otherwise the graph's plain output.
+    """
     code = captured.graph.python_code("self")
     namespace: dict[str, Any] = dict(code.globals)
     exec(code.src, namespace)
     generated = namespace["forward"]
     placeholders = tuple(str(node.target) for node in captured.graph.find_nodes(op="placeholder"))
-    wrap = _wrapper(captured)
+    finish = _wrapper(captured) if wrap else lambda output: output
 
     def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         values = check_inputs(captured, flatten(inputs)) | dict(captured.constants) | {ROOT: model}
-        return wrap(generated(model, *(values[name] for name in placeholders)))
+        return finish(generated(model, *(values[name] for name in placeholders)))
 
     return forward
 

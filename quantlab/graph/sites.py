@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
-from torch.nn import functional as F
 
 from quantlab.contracts.site import Site, SiteKind, Slot
 from quantlab.graph.captured import CapturedGraph
-from quantlab.graph.functional import layer_call
+from quantlab.graph.functional import ATTENTION, layer_call
 from quantlab.graph.roles import find_roles, sample_input
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -72,7 +71,7 @@ def _calls(model: nn.Module, node: fx.Node, batch: int) -> Iterator[_Call]:
         layer = model.get_submodule(path)
         if isinstance(layer, nn.Linear | nn.Conv2d):
             yield _layer(layer, path, tuple(input_shape), tuple(output_shape), batch)
-    if node.target is F.scaled_dot_product_attention and node.meta["fqn"]:
+    if node.target in ATTENTION and node.meta["fqn"]:
         yield _attention(node, batch)
 
 
