@@ -24,10 +24,10 @@ from quantlab.graph.inputs import RETURN_DICT, flatten, tensors_of
 from quantlab.graph.modules import recorded_modules
 from quantlab.graph.relative import (
     align,
-    drop_flipped_guards,
     fake_copy,
     is_fake,
     make_dtypes_relative,
+    merge_layout_branches,
     model_dtype,
     opposite_batch,
 )
@@ -161,10 +161,12 @@ def _open_batch(
     if larger is None:
         return captured
     again = _trace_fake(model, example, static, leaves, None, repeats=larger // batch)
-    if not isinstance(again, CapturedGraph) or align(captured.graph, again.graph) is None:
+    pairs = align(captured.graph, again.graph) if isinstance(again, CapturedGraph) else None
+    if not isinstance(again, CapturedGraph) or pairs is None:
         notes.append(f"guards on sizes stay: a batch of {larger} may take another path ({_reason(again)})")
         return captured
-    dropped = drop_flipped_guards(captured.graph, again.graph)
+    dropped = merge_layout_branches(captured.graph, again.graph, pairs)
+    captured.graph.lint()
     return replace(captured, guards=tuple(g for g in captured.guards if g.condition not in dropped))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,7 +76,7 @@ def _over_model(
             copies[node] = graph.create_node("get_attr", owned[node.name])
         elif node.op == "placeholder" and node.name in lifted:
             name = f"constant_{len(constants)}"
-            constants[name] = program.constants[lifted[node.name]]
+            constants[name] = cast(Tensor, program.constants[lifted[node.name]])
             with graph.inserting_before(None):
                 copies[node] = graph.placeholder(name)
         elif node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):

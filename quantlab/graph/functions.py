@@ -77,7 +77,7 @@ def _record_call(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kw
     if _changes_its_arguments(name, kwargs):
         node.meta["impure"] = True
     if func in _TRAINING_FLAGS:
-        tracer.note(f"the training flag of {name} is fixed to {kwargs.get('training', False)}")
+        tracer.note(f"the training flag of {name} is fixed to {kwargs.get('training', False)}", everywhere=True)
     output = func(*without_symbols(args), **without_symbols(kwargs))
     if has_tensor(output):
         return tracer.register(output, node)

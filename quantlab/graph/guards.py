@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from torch import fx
+from torch import Tensor, fx
 
 from quantlab.errors import CaptureError
 
@@ -42,6 +42,11 @@ def require(left: float, comparison: str, right: float, holds: bool, condition: 
         got=f"{left} {_SIGNS[comparison]} {right}",
         next_step="capture the model again with inputs of this size",
     )
+
+
+def contiguous_when(tensor: Tensor, left: float, comparison: str, right: float, holds: bool) -> Tensor:
+    """The tensor, made contiguous when ``left comparison right`` is ``holds``: a branch that changes only the layout."""
+    return tensor.contiguous() if getattr(operator, comparison)(left, right) == holds else tensor
 
 
 def condition_text(left: object, comparison: str, right: object) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quantlab.graph.guards import require
+from quantlab.graph.guards import contiguous_when, require
 
 _LARGEST_BATCH = 4096
 """Comparisons with larger numbers are about bytes and indices, not about batches."""
@@ -55,7 +55,7 @@ def _steps(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _is_contiguous(node: fx.Node) -> bool:
-    return node.op == "call_method" and node.target == "contiguous"
+    return node.target is contiguous_when or (node.op == "call_method" and node.target == "contiguous")
 
 
 def _key(value: Any, places: dict[fx.Node, int], as_step: bool = False) -> Any:
@@ -135,18 +135,31 @@ def opposite_batch(graph: fx.Graph, batch: int) -> int | None:
     return (max(limits) // batch + 2) * batch if limits and batch else None
 
 
-def drop_flipped_guards(graph: fx.Graph, other: fx.Graph) -> frozenset[str]:
-    """Erase the guards that came out differently in ``other``, an aligned graph; returns their conditions."""
-    held = {node.args[4]: node.args[3] for node in other.nodes if node.target is require}
-    flipped = frozenset(
-        str(node.args[4])
-        for node in graph.nodes
-        if node.target is require and held.get(node.args[4], node.args[3]) != node.args[3]
-    )
+def merge_layout_branches(graph: fx.Graph, other: fx.Graph, pairs: Pairs) -> frozenset[str]:
+    """Replace the guards that came out differently in ``other``, an aligned graph, by their effect on the layout.
+
+    Returns:
+        The conditions of these guards.
+    """
+    twins = {twin: node for node, twin in pairs}
+    checks = {node.args[4]: node for node in other.nodes if node.target is require}
+    flipped: set[str] = set()
     for node in list(graph.nodes):
-        if node.target is require and node.args[4] in flipped:
-            graph.erase_node(node)
-    return flipped
+        check = checks.get(node.args[4]) if node.target is require else None
+        if check is None or check.args[3] == node.args[3]:
+            continue
+        flipped.add(str(node.args[4]))
+        following = check.next
+        if _is_contiguous(following) and following.args[0] in twins:
+            tensor = twins[following.args[0]]  # type: ignore[index]
+            with graph.inserting_after(node):
+                merged = graph.call_function(contiguous_when, (tensor, *node.args[:3], not node.args[3]))
+            merged.meta = {**tensor.meta, "fqn": node.meta["fqn"]}
+            for user in following.users:
+                if user in twins:
+                    twins[user].replace_input_with(tensor, merged)
+        graph.erase_node(node)
+    return frozenset(flipped)
 
 
 def is_fake(value: Any) -> bool:

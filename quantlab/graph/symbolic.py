@@ -34,13 +34,13 @@ class SymbolicInt(int):
     recorder: NumberRecorder
 
     def __hash__(self) -> int:
-        return hash(plain(self))
+        return int.__hash__(self)
 
     def __deepcopy__(self, memo: object) -> int:
-        return plain(self)
+        return int.__int__(self)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (plain(self),)
+        return int, (int.__int__(self),)
 
 
 class SymbolicFloat(float):
@@ -50,7 +50,7 @@ class SymbolicFloat(float):
     recorder: NumberRecorder
 
     def __hash__(self) -> int:
-        return hash(plain(self))
+        return float.__hash__(self)
 
 
 SymbolicNumber = SymbolicInt | SymbolicFloat

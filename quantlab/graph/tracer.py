@@ -6,7 +6,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -63,9 +63,9 @@ class Tracer:
         """Path of the module that is running."""
         return self.stack[-1] if self.stack else ""
 
-    def note(self, text: str) -> None:
-        """Say something about the place that is running, once."""
-        self.notes[f"{self.where or 'forward'}: {text}"] = None
+    def note(self, text: str, everywhere: bool = False) -> None:
+        """Say something about the place that is running, or about the whole forward, once."""
+        self.notes[text if everywhere else f"{self.where or 'forward'}: {text}"] = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -205,11 +205,11 @@ class Tracer:
         self._remember(device, self._scalar(node))
         return device
 
-    def size(self, tensor: Tensor, index: int) -> SymbolicNumber:
+    def size(self, tensor: Tensor, index: int) -> SymbolicInt:
         """One size of a traced tensor."""
         shape_node = self._number_node(self._nodes[id(tensor)], getattr, "shape")
         node = self._number_node(shape_node, operator.getitem, index)
-        return make_symbolic(torch.Tensor.size(tensor)[index], node, self)
+        return cast(SymbolicInt, make_symbolic(torch.Tensor.size(tensor)[index], node, self))
 
     def _number_node(self, node: fx.Node, function: Callable[..., Any], key: str | int) -> fx.Node:
         """``function(node, key)``, made once."""
@@ -265,7 +265,7 @@ def without_symbols(value: Any) -> Any:
     if isinstance(value, SymbolicInt | SymbolicFloat):
         return plain(value)
     if isinstance(value, torch.Size):
-        return torch.Size([plain(size) for size in value])
+        return torch.Size([int(plain(size)) for size in value])
     if isinstance(value, slice):
         return slice(*(without_symbols(part) for part in (value.start, value.stop, value.step)))
     if isinstance(value, tuple) and not hasattr(value, "_fields"):

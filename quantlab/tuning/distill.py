@@ -73,7 +73,7 @@ class DistillTuner(Tuner):
             return TuneResult({"total": ()})
         parameters = _trainable(job.layers)
         groups = parameter_groups(job.layers, job.settings, self.config.scale_offset)
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay, fused=True)
         total = job.settings.iterations
         # Linear decay to zero without warm-up, as in the released code.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: 1.0 - iteration / total)
