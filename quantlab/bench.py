@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import Field, ValidationError
 
 from quantlab.contracts.config import Strict
@@ -96,8 +97,13 @@ def cells(bench_path: Path, registry: Registry) -> list[Cell]:
     return list(found.values())
 
 
-def bench(name: str | Path, registry: Registry, runs_dir: Path, console: Console) -> BenchResult:
+def bench(
+    name: str | Path, registry: Registry, runs_dir: Path, console: Console, only: Sequence[str] = ()
+) -> BenchResult:
     """Run every cell that has no result file yet; a failing cell is told and the others go on.
+
+    Every cell computes on one thread, so that cells that run beside one another do not change each other's numbers.
+    ``only`` ("seed=1") leaves out the cells with other values of these keys.
 
     A result file is named after its cell and the hash of everything the cell's numbers depend on, so that a killed
     bench goes on where it was and committed results are never computed again.
@@ -107,7 +113,11 @@ def bench(name: str | Path, registry: Registry, runs_dir: Path, console: Console
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[Mapping[str, object], Row]] = []
     failures: dict[str, str] = {}
-    todo = cells(path, registry)
+    wanted = [text.partition("=") for text in only]
+    todo = [cell for cell in cells(path, registry) if all(_short(cell.values.get(k, "")) == v for k, _, v in wanted)]
+    if not todo:
+        raise RecipeError("no cell of the bench fits", where="--only", got=", ".join(only))
+    torch.set_num_threads(1)
     for index, cell in enumerate(todo, 1):
         file = folder / f"{cell.slug}-{cell_digest(cell.loaded)}.json"
         console.info(f"[{index}/{len(todo)}] {cell.title}: {'there already' if file.exists() else 'running'}")

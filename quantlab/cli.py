@@ -42,6 +42,7 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or b
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="more lines, and the traceback of an error")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="the result only")]
 JsonOption = Annotated[bool, typer.Option("--json", help="the result as JSON on standard output")]
+OnlyOption = Annotated[list[str], typer.Option("--only", metavar="KEY=VALUE", help="the cells with this value")]
 RUNS = Path("runs")
 
 
@@ -232,6 +233,7 @@ def bench(
     recipe: RecipeArgument,
     plugins: PluginOption = [],  # noqa: B006
     runs_dir: RunsOption = RUNS,
+    only: OnlyOption = [],  # noqa: B006
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -241,7 +243,8 @@ def bench(
         from quantlab.plugins import load_registry
         from quantlab.report.console import make_console
 
-        print(run_bench(recipe, load_registry(plugins), runs_dir, make_console(verbose=verbose, quiet=quiet)).table())
+        console = make_console(verbose=verbose, quiet=quiet)
+        print(run_bench(recipe, load_registry(plugins), runs_dir, console, only).table())
 
 
 @zoo_app.command("train")

@@ -45,7 +45,7 @@ def require(left: float, comparison: str, right: float, holds: bool, condition: 
 
 
 def contiguous_when(tensor: Tensor, left: float, comparison: str, right: float, holds: bool) -> Tensor:
-    """The tensor, made contiguous when ``left comparison right`` is ``holds``: a branch that changes only the layout."""
+    """The tensor, contiguous if ``left comparison right`` is ``holds``: a branch that changes only the layout."""
     return tensor.contiguous() if getattr(operator, comparison)(left, right) == holds else tensor
 
 

@@ -13,11 +13,13 @@ def kurtosis(rows: Tensor) -> Tensor:
     code of MPQ-DM (arXiv 2412.11549).
 
     Args:
-        rows: [R, n]; n is at least 2.
+        rows: [R, n].
 
     Returns:
         [R]; a constant row has no outliers and gets 0, which ranks it last.
     """
+    if rows.shape[1] < 2:
+        return rows.new_zeros(len(rows))
     centred = rows - rows.mean(1, keepdim=True)
     deviation = rows.std(1)
     value = centred.pow(4).mean(1) / deviation.pow(4)

@@ -1,0 +1,119 @@
+"""Small denoisers and tasks for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantlab.allocation.plan import Plan, make_plan
+from quantlab.allocation.student import QuantizerChoice, QuantizerChoices, Student, build_student
+from quantlab.contracts.model import CalibrationSet, Inputs, Progress, Run, Task
+from quantlab.contracts.sections import Activations, Budget, Weights
+from quantlab.contracts.site import Site
+from quantlab.graph.capture import capture
+from quantlab.graph.captured import CapturedGraph
+from quantlab.graph.sites import find_sites
+from quantlab.quant.quantizers import AffineQuantizer
+
+
+class Block(nn.Module):
+    """Convolution, the timestep's shift, activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shift = nn.Linear(4, channels)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return F.silu(self.conv(x) + self.shift(embedding)[:, :, None, None])
+
+
+class ToyDenoiser(nn.Module):
+    """Two blocks between a first and a last convolution."""
+
+    def __init__(self, channels: int = 12) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 4)
+        self.conv_in = nn.Conv2d(1, channels, 3, padding=1)
+        self.blocks = nn.ModuleList([Block(channels), Block(channels)])
+        self.conv_out = nn.Conv2d(channels, 1, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        embedding = F.silu(self.time(timestep.float()[:, None] / 1000))
+        x = self.conv_in(sample)
+        for block in self.blocks:
+            x = block(x, embedding)
+        return self.conv_out(x)
+
+
+@dataclass
+class ToyTask(Task):
+    """Calibrates on noise at four timesteps."""
+
+    network: nn.Module
+    timestep_input: str | None = "timestep"
+    static: Mapping[str, object] = field(default_factory=dict)
+
+    def example_inputs(self, batch: int) -> dict[str, Tensor]:
+        rng = torch.Generator().manual_seed(0)
+        return {"sample": torch.randn(batch, 1, 6, 6, generator=rng), "timestep": torch.arange(batch) * 100}
+
+    def network_inputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        return dict(inputs)
+
+    def combine(self, output: Tensor, inputs: Inputs) -> Tensor:
+        return output
+
+    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+        sample = torch.randn(4, num_samples, 1, 6, 6, generator=rng)
+        timestep = torch.tensor([901, 601, 301, 1])[:, None].expand(4, num_samples).contiguous()
+        with torch.no_grad():
+            outputs = torch.stack([run({"sample": sample[i], "timestep": timestep[i]}) for i in range(4)])
+        return CalibrationSet({"sample": sample, "timestep": timestep}, outputs)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A toy on its way through the engine."""
+
+    task: ToyTask
+    graph: CapturedGraph
+    sites: tuple[Site, ...]
+    plan: Plan
+    calibration: CalibrationSet
+
+    def student(self) -> Student:
+        return build_student(self.task, self.graph, self.plan)
+
+
+def make_toy(
+    network: nn.Module | None = None, *, weight_bits: int = 3, activation_bits: int = 8, keep: Mapping[str, int] = {}
+) -> Toy:
+    """A captured and calibrated toy."""
+    if network is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = ToyDenoiser()
+    task = ToyTask(network.eval().requires_grad_(False))
+    graph = capture(network, task.example_inputs(3), {})
+    sites = find_sites(network, graph)
+    plan = make_plan(sites, keep, Budget(weight_bits=weight_bits, activation_bits=activation_bits))
+    rng = torch.Generator().manual_seed(1)
+    calibration = task.calibrate(lambda inputs: network(**inputs), 8, rng, lambda done, total: None)
+    return Toy(task, graph, sites, plan, calibration)
+
+
+def affine(weights: Weights | None = None, activations: Activations | None = None) -> QuantizerChoices:
+    """Affine quantizers with these settings."""
+    return QuantizerChoices(
+        QuantizerChoice(AffineQuantizer, weights or Weights()),
+        QuantizerChoice(AffineQuantizer, activations or Activations(per_timestep=True)),
+    )
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody sees."""

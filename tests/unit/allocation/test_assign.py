@@ -1,0 +1,169 @@
+"""Assignment: what sites see, what policies may do, degenerate layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantlab_mpqdm.omq import KurtosisConfig, KurtosisPolicy
+from torch import nn
+from toys import ToyDenoiser, affine, make_toy, silent
+
+from quantlab.allocation.assign import AssignMethod, assign
+from quantlab.allocation.cost import student_cost
+from quantlab.allocation.plan import make_plan, mean_weight_bits
+from quantlab.allocation.smoothing import SmoothConfig, SmoothPass
+from quantlab.allocation.student import restore
+from quantlab.allocation.uniform import UniformPolicy
+from quantlab.calibration.collect import calibration_batch
+from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy
+from quantlab.contracts.config import Strict
+from quantlab.contracts.sections import Budget, InputsFrom
+from quantlab.errors import NonFiniteError, PluginError, QuantlabError, RecipeError
+
+MPQDM = AssignMethod(
+    [SmoothPass(SmoothConfig())],
+    [UniformPolicy(UniformPolicy.Config()), KurtosisPolicy(KurtosisConfig())],
+    affine(),
+    InputsFrom.TEACHER,
+)
+
+
+def assigned(toy, method=MPQDM):
+    student = toy.student()
+    batch = calibration_batch(toy.task, toy.calibration, 8)
+    return student, assign(student, method, batch, torch.Generator().manual_seed(0), silent)
+
+
+@pytest.mark.parametrize("inputs_from", list(InputsFrom))
+def test_eight_bits_are_close_to_float(inputs_from: InputsFrom) -> None:
+    toy = make_toy(weight_bits=7, activation_bits=8, keep={"conv_in": 8, "conv_out": 8, "time": 8})
+    method = AssignMethod(MPQDM.smoothing, MPQDM.policies, MPQDM.choices, inputs_from)
+    student, bit_map = assigned(toy, method)
+    inputs = toy.task.example_inputs(5)
+    exact = toy.task.network(**inputs)
+    assert (student.run(inputs) - exact).abs().mean() < 0.02 * exact.abs().mean()
+    assert mean_weight_bits(bit_map, toy.plan.budgeted) == 7
+
+
+def test_first_site_sees_the_same_either_way_and_later_ones_do_not() -> None:
+    toy = make_toy(weight_bits=2, activation_bits=4)
+    plain = [UniformPolicy(UniformPolicy.Config())]
+    scales = []
+    for inputs_from in InputsFrom:
+        student, _ = assigned(toy, AssignMethod([], plain, affine(), inputs_from))
+        scales.append({name: layer.input_quantizer.scale for name, layer in student.layers().items()})
+    assert torch.equal(scales[0]["conv_in"], scales[1]["conv_in"])
+    assert not torch.equal(scales[0]["conv_out"], scales[1]["conv_out"])
+
+
+def test_kept_sites_are_static_and_unsmoothed() -> None:
+    student, bit_map = assigned(make_toy(keep={"conv_in": 8, "conv_out": FLOAT_BITS}))
+    kept = student.layer("conv_in")
+    assert kept.smoothing is None and not kept.input_quantizer.spec.per_timestep
+    assert bit_map.weight_bits["conv_in"].tolist() == [8] * 12
+    assert type(student.network.conv_out) is nn.Conv2d
+    assert "conv_in" not in student.trained_layers()
+
+
+def test_a_restored_student_computes_bitwise_the_same() -> None:
+    toy = make_toy()
+    student, bit_map = assigned(toy)
+    again = restore(toy.student(), bit_map, affine(), student.network.state_dict())
+    inputs = toy.task.example_inputs(4)
+    assert torch.equal(again.run(inputs), student.run(inputs))
+
+
+def test_teacher_is_not_touched() -> None:
+    toy = make_toy()
+    before = {name: value.clone() for name, value in toy.task.network.state_dict().items()}
+    assigned(toy)
+    assert all(torch.equal(before[name], value) for name, value in toy.task.network.state_dict().items())
+
+
+def test_size_says_what_the_bits_say() -> None:
+    toy = make_toy(weight_bits=2)
+    student, bit_map = assigned(toy)
+    values = sum(p.numel() for p in toy.task.network.parameters())
+    cost = student_cost(student, bit_map, values)
+    weights = sum(site.weight_count for site in toy.sites if site.weight_shape)
+    assert cost.float_bytes == 4 * (values - weights)
+    assert weights * 2 / 8 <= cost.weight_bytes <= weights * 2 / 8 + 3 * len(toy.sites)
+
+
+class Degenerate(ToyDenoiser):
+    """Dead inputs, dead and constant output channels, equal kurtosis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.conv_in.weight[3].zero_()
+            self.conv_in.bias[3] = 0.0
+            first, second = self.blocks[0].conv, self.blocks[1].conv
+            first.weight[:, 3].zero_()
+            first.weight[0].zero_()
+            first.weight[1].fill_(0.25)
+            second.weight.copy_(second.weight[:1].expand_as(second.weight))
+
+
+@pytest.mark.parametrize("inputs_from", list(InputsFrom))
+@pytest.mark.parametrize("bits", [2, 3])
+def test_degenerate_channels_give_finite_results(inputs_from: InputsFrom, bits: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        toy = make_toy(Degenerate(), weight_bits=bits, activation_bits=4)
+    student, bit_map = assigned(toy, AssignMethod(MPQDM.smoothing, MPQDM.policies, affine(), inputs_from))
+    assert torch.isfinite(student.run(toy.task.example_inputs(3))).all()
+    assert mean_weight_bits(bit_map, toy.plan.budgeted) == bits
+    weight = student.layer("blocks.0.conv").quantized_weight()
+    assert (weight[0] == 0).all(), "an all-zero channel stays zero"
+
+
+class Constant(BitPolicy):
+    """Returns what the test says."""
+
+    name = "constant"
+    Config = Strict
+
+    def __init__(self, make) -> None:
+        self.make = make
+
+    def allocate(self, problem: AllocationProblem) -> BitMap:
+        return self.make(problem.given)
+
+
+def changed(given: BitMap, site: str, bits: torch.Tensor) -> BitMap:
+    return BitMap({**given.weight_bits, site: bits}, given.activation_bits)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda g: changed(g, "blocks.0.conv", torch.full((12,), 8)), QuantlabError, "more than the budget"),
+        (lambda g: changed(g, "blocks.0.conv", torch.full((3,), 2)), PluginError, "every output channel"),
+        (lambda g: changed(g, "blocks.0.conv", torch.zeros(12)), PluginError, "1..8"),
+        (lambda g: changed(g, "conv_in", torch.full((12,), 2)), PluginError, "not asked about"),
+    ],
+)
+def test_a_policy_is_checked(make, error: type[Exception], message: str) -> None:
+    method = AssignMethod([], [Constant(make)], affine(), InputsFrom.TEACHER)
+    with pytest.raises(error, match=message):
+        assigned(make_toy(weight_bits=2, keep={"conv_in": 8}), method)
+
+
+def test_non_finite_activations_name_their_site() -> None:
+    toy = make_toy()
+    toy.task.network.blocks[1].conv.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="conv_out"):
+        assigned(toy)
+
+
+def test_everything_kept_is_an_error() -> None:
+    toy = make_toy()
+    with pytest.raises(RecipeError, match="no site is left"):
+        make_plan(toy.sites, {site.name: 8 for site in toy.sites}, Budget(weight_bits=2, activation_bits=4))
+
+
+def test_more_samples_than_recorded_is_an_error() -> None:
+    toy = make_toy()
+    with pytest.raises(QuantlabError, match="more calibration samples"):
+        calibration_batch(toy.task, toy.calibration, 9)

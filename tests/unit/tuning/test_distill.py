@@ -1,0 +1,178 @@
+"""The distillation tuner: it learns, resumes to the same, and tells what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from quantlab_mpqdm.relation import RelationConfig, RelationLoss
+from torch import Tensor
+from toys import Toy, affine, make_toy, silent
+
+from quantlab.allocation.assign import AssignMethod, assign
+from quantlab.allocation.student import Student, add_adapters, tapped_run
+from quantlab.allocation.uniform import UniformPolicy
+from quantlab.calibration.collect import calibration_batch
+from quantlab.contracts.sections import InputsFrom, Tune
+from quantlab.contracts.tuning import AdapterSpec, Checkpoint, ConvAdapter, Loss, TuneJob
+from quantlab.errors import NonFiniteError, QuantlabError
+from quantlab.losses.mse import MseConfig, MseLoss
+from quantlab.tuning.distill import DistillConfig, DistillTuner, parameter_groups
+from quantlab.tuning.finalize import finalize
+
+SETTINGS = Tune(
+    iterations=24, batch=4, rank=2, adapter_learning_rate=3e-3, weight_learning_rate=1e-3, activation_learning_rate=1e-3
+)
+
+
+@dataclass
+class Memory(Checkpoint):
+    """Keeps a copy of everything saved."""
+
+    saved: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
+
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        return self.saved[-1] if self.saved else None
+
+    def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        self.saved.append((iteration, {name: value.clone() for name, value in tensors.items()}))
+
+
+def prepared(toy: Toy) -> Student:
+    student = toy.student()
+    method = AssignMethod([], [UniformPolicy(UniformPolicy.Config())], affine(), InputsFrom.TEACHER)
+    assign(student, method, calibration_batch(toy.task, toy.calibration, 8), torch.Generator(), silent)
+    add_adapters(student, AdapterSpec(SETTINGS.rank), 0)
+    return student
+
+
+def job_of(toy: Toy, student: Student, losses: list[Loss], settings: Tune = SETTINGS) -> TuneJob:
+    taps = tuple(path for loss in losses for path in loss.taps(toy.sites))
+    return TuneJob(
+        task=toy.task,
+        layers=student.trained_layers(),
+        student=tapped_run(student.network, student.graph, taps),
+        teacher=tapped_run(toy.task.network, toy.graph, taps),
+        calibration=toy.calibration,
+        losses=losses,
+        settings=settings,
+        seed=3,
+        checkpoint=Memory(),
+        progress=silent,
+    )
+
+
+def tuned(toy: Toy, losses: list[Loss], **options: object) -> tuple[Student, Mapping]:
+    student = prepared(toy)
+    result = DistillTuner(DistillConfig(**options)).tune(job_of(toy, student, losses))  # type: ignore[arg-type]
+    return student, result.history
+
+
+def mse() -> MseLoss:
+    return MseLoss(MseConfig())
+
+
+def error(toy: Toy, student: Student) -> float:
+    inputs = toy.calibration.step(1, slice(None))
+    with torch.no_grad():
+        return (student.run(inputs) - toy.calibration.outputs[1]).square().mean().item()
+
+
+def test_it_learns() -> None:
+    toy = make_toy(weight_bits=2, activation_bits=4)
+    student, history = tuned(toy, [mse()])
+    assert error(toy, student) < 0.6 * error(toy, prepared(toy))
+    assert len(history["total"]) == SETTINGS.iterations
+
+
+def test_the_same_seed_gives_the_same() -> None:
+    toy = make_toy(weight_bits=2)
+    one, other = (tuned(toy, [mse()])[0].network.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("epochs_before", [1, 3, 5])
+def test_a_killed_run_resumes_to_the_same_result(epochs_before: int) -> None:
+    toy = make_toy(weight_bits=2)
+    losses = [mse(), RelationLoss(RelationConfig(weight=1.0))]
+    student = prepared(toy)
+    job = job_of(toy, student, losses)
+    whole = DistillTuner(DistillConfig()).tune(job)
+    assert isinstance(job.checkpoint, Memory)
+    resumed = prepared(toy)
+    again = replace(job_of(toy, resumed, losses), checkpoint=Memory(job.checkpoint.saved[:epochs_before]))
+    history = DistillTuner(DistillConfig()).tune(again).history
+    expected = student.network.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())
+    assert history["total"] == whole.history["total"]
+
+
+def test_checkpointing_gradients_changes_nothing() -> None:
+    toy = make_toy(weight_bits=2)
+    one = tuned(toy, [mse()])[0].network.state_dict()
+    other = tuned(toy, [mse()], gradient_checkpointing=True)[0].network.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_relation_loss_trains_only_with_its_gradient() -> None:
+    """The released code detaches the features: then tuning is bitwise what it is without the loss."""
+    toy = make_toy(weight_bits=2)
+
+    def weights(losses: list[Loss]) -> dict[str, Tensor]:
+        return tuned(toy, losses)[0].network.state_dict()
+
+    alone = weights([mse()])
+    released = weights([mse(), RelationLoss(RelationConfig(weight=5.0, gradient=False))])
+    attached = weights([mse(), RelationLoss(RelationConfig(weight=5.0, gradient=True))])
+    assert all(torch.equal(alone[name], released[name]) for name in alone)
+    assert any(not torch.equal(alone[name], attached[name]) for name in alone)
+
+
+def test_only_losses_without_gradient_are_an_error() -> None:
+    with pytest.raises(QuantlabError, match="no loss has a gradient"):
+        tuned(make_toy(), [RelationLoss(RelationConfig(gradient=False))])
+
+
+def test_a_bad_site_is_named() -> None:
+    toy = make_toy()
+    student = prepared(toy)
+    student.layer("blocks.1.conv").adapter.B.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"adapter\.B of blocks\.1\.conv"):
+        DistillTuner(DistillConfig()).tune(job_of(toy, student, [mse()]))
+
+
+def test_kept_sites_are_not_trained() -> None:
+    toy = make_toy(keep={"conv_in": 8})
+    before = prepared(toy).layer("conv_in").state_dict()
+    after = tuned(toy, [mse()])[0].layer("conv_in").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_learning_rates_follow_the_scales() -> None:
+    toy = make_toy()
+    layers = prepared(toy).trained_layers()
+    settings = Tune(iterations=1, adapter_learning_rate=None, weight_learning_rate=1e-6, activation_learning_rate=5e-4)
+    found = {}
+    for group in parameter_groups(layers, settings, scale_offset=0.01):
+        for parameter in group["params"]:  # type: ignore[attr-defined]
+            found[id(parameter)] = group["lr"]
+    for layer in layers.values():
+        expected = (layer.weight_quantizer.scale.mean().item() + 0.01) / 2500
+        assert found[id(layer.adapter.A)] == pytest.approx(expected, rel=1e-6)
+        assert found[id(layer.weight_quantizer.scale)] == 1e-6
+        assert found[id(layer.input_quantizer.zero_point)] == 5e-4
+
+
+def test_finalize_keeps_the_function() -> None:
+    toy = make_toy(weight_bits=2)
+    student, _ = tuned(toy, [mse()], conv=ConvAdapter.PER_TAP)
+    inputs = toy.task.example_inputs(4)
+    before = student.run(inputs)
+    changed = finalize(student.layers())
+    torch.testing.assert_close(student.run(inputs), before, rtol=1e-4, atol=1e-5)
+    assert max(changed.values()) < 1e-5
+    zero_points = [layer.weight_quantizer.zero_point for layer in student.layers().values()]
+    assert all(torch.equal(value, value.round()) for value in zero_points)
+    assert all(layer.adapter is None for layer in student.layers().values())
