@@ -132,7 +132,7 @@ def _open_dtypes(
 ) -> CapturedGraph:
     """Literal dtypes that are the model's own follow the model from now on."""
     own = model_dtype(model)
-    if own is None or any(map(is_fake, model.parameters())):
+    if own is None:
         return captured
     other = torch.float32 if own == torch.float64 else torch.float64
     again = _trace_fake(model, example, static, leaves, other, repeats=1)

@@ -60,9 +60,11 @@ def describe(value: object) -> str:
         return repr(value)
     if value.op == "placeholder":
         return str(value.target)
+    if not value.meta.get("scalar"):
+        return value.name
     arguments = [describe(argument) for argument in value.args]
-    if value.op == "call_method" and value.target == "size":
-        return f"{arguments[0]}.shape" + "".join(f"[{index}]" for index in arguments[1:])
+    if value.op == "call_method":
+        return f"{arguments[0]}.{value.target}()"
     if value.op == "call_function" and value.target is getattr:
         return f"{arguments[0]}.{value.args[1]}"
     if value.op == "call_function" and value.target is operator.getitem:

@@ -63,8 +63,8 @@ def _key(value: Any, places: dict[fx.Node, int], as_step: bool = False) -> Any:
     if isinstance(value, fx.Node):
         if _is_contiguous(value):
             return _key(value.args[0], places)
-        if value.target is getattr and value.args[1] == "device":
-            return "device"  # fake tensors read theirs without a torch function
+        if value.target is getattr and value.args[1] in ("device", "dtype"):
+            return value.args[1]  # fake tensors read their device without a torch function
         if not as_step and not value.meta.get("scalar"):
             return "node", places[value]
         target = value.target if isinstance(value.target, str) else _name(value.target)
@@ -93,7 +93,7 @@ def make_dtypes_relative(graph: fx.Graph, pairs: Pairs, reference: str) -> None:
             with graph.inserting_before(first):
                 parameter = graph.create_node("get_attr", reference)
                 dtype_node = graph.call_function(getattr, (parameter, "dtype"))
-                dtype_node.meta["scalar"] = True
+                parameter.meta["scalar"] = dtype_node.meta["scalar"] = True
         node.args = _replace_dtypes(node.args, twin.args, dtype_node)
         node.kwargs = _replace_dtypes(dict(node.kwargs), dict(twin.kwargs), dtype_node)
 

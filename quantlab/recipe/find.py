@@ -16,10 +16,10 @@ def packaged_folder() -> Path:
 
 
 def packaged_recipes() -> list[str]:
-    """Names of the installed recipes, without the fragments that others extend."""
+    """Names of the installed recipes, without the bases that others extend and the benches."""
     folder = packaged_folder()
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{SUFFIX}"))
-    return sorted(name for name in names if not name.startswith("base/"))
+    return sorted(name for name in names if not name.startswith(("base/", "bench/")))
 
 
 def find_recipe(name: str | Path, beside: Path | None = None) -> Path:

@@ -336,7 +336,7 @@ def test_other_threads_run_their_models_undisturbed_during_a_capture():
         return net.linear(x)
 
     captured = capture(Net(meanwhile), x_of(3), {})
-    assert len(seen) == 1 or seen  # it ran
+    assert all(output.shape == (3, 4) for output in seen) and seen
     assert [t for t in targets(captured) if t == "linear"] == ["linear"]
 
 

@@ -85,7 +85,7 @@ def test_mixed_widths_in_one_call_are_three_masked_passes() -> None:
     total = torch.zeros_like(weight)
     for width in (1, 2, 3):
         part = fake_quantize(weight, shaped[0], shaped[1], 2**width - 1)
-        total += part * per_channel(MIXED == width, 4)
+        total += part * per_channel(MIXED.eq(width), 4)
     assert torch.equal(fused, total)
 
 
