@@ -1,0 +1,177 @@
+"""Whole runs of the digits recipe in its smoke profile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantlab.api import load_quantized, quantize
+from quantlab.api import sample as sample_run
+from quantlab.errors import ArtefactError, QuantlabError, RecipeError
+from quantlab.recipe.load import load_recipe
+from quantlab.report.console import make_console
+from quantlab.run import RunOptions, run
+
+RECIPE = "digits/mpq-dm-w2a4"
+
+
+def go(root: Path, *overrides: str, dry_run: bool = False):
+    loaded = load_recipe(RECIPE, overrides, profile="smoke")
+    return run(loaded, RunOptions(root, "cpu", "float32", dry_run, make_console(quiet=True)))
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return {event["stage"]: event["status"] for event in events}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("runs")
+    return root, go(root)
+
+
+def test_rows_and_files(finished) -> None:
+    _, result = finished
+    assert [row.method for row in result.rows] == ["full precision", "min-max", "mse", "mpq-dm"]
+    assert len({row.protocol for row in result.rows}) == 1
+    for row in result.rows[1:]:
+        assert row.weight_bits == 2 and row.size_bytes < row.float_bytes / 5 and row.simulated
+    names = {path.name for path in result.folder.iterdir()}
+    assert names >= {"recipe.yaml", "recipe.resolved.yaml", "environment.json", "plan.json", "events.jsonl"}
+    assert names >= {"metrics.json", "samples.png", "report.html", "capture", "calibrate", "reference", "mpq-dm"}
+    assert (result.folder / "report.html").stat().st_size < 5e6
+
+
+def test_the_second_run_reuses_every_stage(finished) -> None:
+    root, first = finished
+    second = go(root)
+    assert set(statuses(second.folder).values()) == {"reused"}
+    assert second.rows == first.rows
+
+
+def test_changing_the_evaluation_runs_nothing_before_it(finished) -> None:
+    root, _ = finished
+    found = statuses(go(root, "evaluate.metrics=[fid]").folder)
+    again = {stage for stage, status in found.items() if status == "computed"}
+    assert again == {stage for stage in found if stage.endswith("/evaluate")}
+
+
+def test_the_artefact_is_the_model_that_was_measured(finished, tmp_path) -> None:
+    _, result = finished
+    loaded = load_quantized(result.folder)
+    again = load_quantized(result.folder, "min-max")
+    inputs = loaded.task.example_inputs(4)
+    with torch.no_grad():
+        one, other = loaded.student.run(inputs), again.student.run(inputs)
+        exact = loaded.task.network(**inputs, **loaded.task.static)[0]
+    assert not torch.equal(one, other) and not torch.equal(one, exact)
+    line = sample_run(result.folder, 5, 0, tmp_path / "s.png", "cpu")
+    assert "5 images of mpq-dm" in line and (tmp_path / "s.png").is_file()
+
+
+def test_a_folder_that_is_no_run(tmp_path) -> None:
+    with pytest.raises(ArtefactError, match="no run folder"):
+        load_quantized(tmp_path)
+
+
+def test_a_damaged_artefact_is_found(tmp_path) -> None:
+    result = go(tmp_path, "baselines=[]", "method=min-max")
+    file = (result.folder / "min-max" / "finalize" / "final.safetensors").resolve()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ArtefactError, match="safetensors"):
+        load_quantized(result.folder)
+    with pytest.raises(ArtefactError, match="not the one that was written"):
+        go(tmp_path, "baselines=[]", "method=min-max")
+
+
+def test_dry_run_measures_nothing(tmp_path) -> None:
+    result = go(tmp_path, dry_run=True)
+    assert "bit operations" in result.table() and "multiply-accumulates" in result.table()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pattern_without_site_names_its_line(tmp_path) -> None:
+    with pytest.raises(RecipeError, match="matches no site"):
+        go(tmp_path, "keep.0.match=conv_inn")
+
+
+def test_guidance_and_other_steps(tmp_path) -> None:
+    result = go(tmp_path, "baselines=[]", "sampling.guidance=1.5")
+    assert all(value is not None for value in [result.rows[-1].metrics["fid"]])
+
+
+@pytest.mark.parametrize("option", [("cuda:9", "float32"), ("cpu", "float8"), ("nonsense", "float32")])
+def test_devices_and_dtypes_that_are_not_there(option: tuple[str, str], tmp_path) -> None:
+    loaded = load_recipe(RECIPE, profile="smoke")
+    with pytest.raises(RecipeError):
+        run(loaded, RunOptions(tmp_path, *option, True, make_console(quiet=True)))
+
+
+def test_bfloat16_runs(tmp_path) -> None:
+    loaded = load_recipe(RECIPE, ["baselines=[]", "method=mse"], profile="smoke")
+    result = run(loaded, RunOptions(tmp_path, "cpu", "bfloat16", False, make_console(quiet=True)))
+    assert result.rows[-1].metrics["accuracy"] is not None
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path) -> None:
+    """kill -9 in the middle of tuning; the same command goes on from the last epoch."""
+    settings = ["baselines=[]", "tune.iterations=40"]
+    options = [part for setting in settings for part in ("--set", setting)]
+
+    def command(root: str) -> list[str]:
+        start = [sys.executable, "-m", "quantlab", "run", RECIPE, "--profile", "smoke"]
+        return [*start, "--runs-dir", str(tmp_path / root), *options]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command("a"), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "a" / ".store").glob("tune-*.partial/checkpoint.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline, "tuning never saved a checkpoint"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "a" / ".store").glob("tune-*[!l]/tuned.safetensors"))
+    results = []
+    for root in ("a", "b"):
+        subprocess.run(command(root), env=environment, check=True, capture_output=True)
+        (file,) = (tmp_path / root / ".store").glob("finalize-*/final.safetensors")
+        results.append(file.read_bytes())
+    assert results[0] == results[1]
+
+
+def test_quantize_a_module_in_memory() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3)).eval()
+    batches = [torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    exact = module(batches[0])
+    errors = []
+    for bits in (8, 2):
+        quantized = quantize(module, batches, method="mse", weight_bits=bits, activation_bits=8)
+        errors.append((quantized.module(batches[0]) - exact).square().mean().item())
+        assert quantized.bit_map.weight_bits["0"].tolist() == [bits] * 16
+    assert errors[0] < 1e-3 < errors[1]
+    assert torch.equal(module(batches[0]), exact), "the module itself is not changed"
+    tuned = quantize(
+        module,
+        batches,
+        method="efficientdm",
+        weight_bits=2,
+        iterations=60,
+        settings={"activations": {"per_timestep": False}, "tune": {"rank": 4, "adapter_learning_rate": 3e-3}},
+    )
+    assert (tuned.module(batches[0]) - exact).square().mean().item() < 0.8 * errors[1]
+
+
+def test_per_timestep_needs_a_timestep() -> None:
+    with pytest.raises(QuantlabError, match="need a timestep"):
+        quantize(torch.nn.Linear(3, 4), [torch.randn(8, 3)], method="efficientdm")

@@ -1,0 +1,129 @@
+"""The digits task and a user's own module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from quantlab.contracts.sections import Model, Sampling
+from quantlab.errors import ModelError, RecipeError
+from quantlab.models.builtin import BuiltinConfig, BuiltinSource, DigitsTask
+from quantlab.models.module import ModuleTask
+from quantlab.zoo import digits
+
+
+def load(name: str = "digits", **sampling: object) -> DigitsTask:
+    source = BuiltinSource(BuiltinConfig())
+    return source.load(Model(name=name), Sampling(**sampling), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def task() -> DigitsTask:
+    return load(steps=4)
+
+
+def run_of(task: DigitsTask):
+    return lambda inputs: task.network(**inputs, **task.static)[0]
+
+
+def test_guidance_is_one_doubled_call() -> None:
+    guided, plain = load(steps=4, guidance=1.5), load(steps=4)
+    inputs = guided.example_inputs(3)
+    doubled = guided.network_inputs(inputs)
+    assert len(doubled["sample"]) == 6 and doubled["class_labels"][:3].tolist() == [digits.NULL_CLASS] * 3
+    with torch.no_grad():
+        found = guided.predict(run_of(guided), inputs)
+        conditional = run_of(plain)(inputs)
+        unconditional = run_of(plain)({**inputs, "class_labels": torch.full((3,), digits.NULL_CLASS)})
+    torch.testing.assert_close(found, unconditional + 1.5 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+    assert inputs["class_labels"].tolist() == [0, 1, 2], "the samples' own labels are not changed"
+
+
+def test_calibration_is_the_trajectory(task: DigitsTask) -> None:
+    data = task.calibrate(run_of(task), 3, torch.Generator().manual_seed(0), lambda done, total: None)
+    assert data.outputs.shape == (4, 3, 1, 8, 8)
+    assert data.inputs["timestep"][:, 0].tolist() == [751, 501, 251, 1]
+    for index in range(3):
+        after = task.schedule.step(index, data.outputs[index], data.inputs["sample"][index])
+        torch.testing.assert_close(after, data.inputs["sample"][index + 1])
+
+
+def test_noise_of_an_image_does_not_depend_on_the_number(task: DigitsTask) -> None:
+    assert torch.equal(task.draw_noise(10, 3)[:4], task.draw_noise(4, 3))
+
+
+@pytest.mark.parametrize("name", list(digits.INITIALISATIONS))
+def test_shipped_models_draw_digits(name: str) -> None:
+    task = load(name, steps=10)
+    labels = task.labels(100)
+    images = task.sample(run_of(task), task.draw_noise(100, 1), labels, 0)
+    accuracy = (task.judge(images)[1].argmax(1) == labels).float().mean()
+    assert accuracy > 0.9
+
+
+def test_only_the_heavy_model_has_heavy_tails() -> None:
+    medians = {}
+    for name in digits.INITIALISATIONS:
+        values = []
+        for path, module in digits.load_unet(name).named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and path.count(".") >= 2:
+                rows = module.weight.detach().flatten(1)
+                centred = rows - rows.mean(1, keepdim=True)
+                values.append(centred.pow(4).mean(1) / rows.std(1).pow(4))
+        medians[name] = torch.cat(values).quantile(0.9).item()
+    assert medians["digits"] < 4 < 8 < medians["digits-heavy"]
+
+
+def test_unknown_names_offer_the_nearest() -> None:
+    with pytest.raises(RecipeError, match='did you mean "digits-heavy"'):
+        load("digit-heavy")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
+def test_damaged_weights_say_so(damage: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "digits.safetensors"
+    if damage == "truncated":
+        file.write_bytes(digits.weights_path("digits").read_bytes()[:5000])
+    elif damage == "foreign":
+        save_file({"other": torch.zeros(3)}, file)
+    monkeypatch.setattr(digits, "weights_path", lambda name: file)
+    with pytest.raises(ModelError, match="cannot be read") as error:
+        load()
+    assert str(file) in str(error.value)
+
+
+def test_all_weights_are_under_six_megabytes() -> None:
+    files = list(digits.weights_path("digits").parent.glob("*.safetensors"))
+    assert len(files) == 3 and sum(file.stat().st_size for file in files) < 6e6
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * t[:, None]
+
+
+def test_batches_are_named_by_the_forward() -> None:
+    task = ModuleTask(Net(), [(torch.ones(2, 3), torch.ones(2)), (torch.zeros(1, 3), torch.ones(1))])
+    assert task.timestep_input == "t"
+    assert {name: len(value) for name, value in task.example_inputs(5).items()} == {"x": 5, "t": 5}
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "no batch"),
+        ([(torch.ones(2, 3),)], "does not fit"),
+        ([{"x": torch.ones(2, 3)}, {"t": torch.ones(2)}], "same inputs"),
+        ([(torch.ones(2, 3), torch.ones(3))], "dimension 0"),
+        ([(torch.ones(2, 3), torch.ones(2)), (torch.ones(2, 4), torch.ones(2))], "more than their size"),
+    ],
+)
+def test_bad_batches(batches: list, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        ModuleTask(Net(), batches)
