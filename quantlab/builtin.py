@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 @hookimpl
 def quantlab_models() -> list[type]:
-    """The models that ship."""
+    """The models that ship, and modules in memory."""
     from quantlab.models.builtin import BuiltinSource
+    from quantlab.models.module import MemorySource
 
-    return [BuiltinSource]
+    return [BuiltinSource, MemorySource]
 
 
 @hookimpl

@@ -10,7 +10,7 @@ import torch
 from quantlab.contracts.allocation import FLOAT_BITS, BitMap
 from quantlab.contracts.sections import Budget
 from quantlab.contracts.site import Site, SiteKind
-from quantlab.errors import RecipeError
+from quantlab.errors import ModelError, RecipeError
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,14 @@ def make_plan(sites: Sequence[Site], keep: Mapping[str, int], budget: Budget) ->
 
     Raises:
         RecipeError: nothing is left to quantize.
+        ModelError: the model has no linear layer or convolution inside it.
     """
+    if not any(site.kind in (SiteKind.CONV, SiteKind.LINEAR) for site in sites):
+        raise ModelError(
+            "the model has no linear layer or convolution that can be quantized",
+            where="capture",
+            next_step="if the model is itself one layer, put it into a torch.nn.Sequential",
+        )
     entries = []
     for site in sites:
         if site.kind not in (SiteKind.CONV, SiteKind.LINEAR):

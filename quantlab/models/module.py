@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from quantlab.contracts.config import Strict
 from quantlab.contracts.model import CalibrationSet, Inputs, Progress, Run, Task
-from quantlab.errors import ModelError
+from quantlab.contracts.sections import Model, Sampling
+from quantlab.errors import ModelError, RecipeError
+
+
+class MemoryConfig(Strict):
+    """A module in memory has no options."""
+
+
+class MemorySource:
+    """A module in memory, for ``quantlab.quantize``; a recipe file cannot name one."""
+
+    name: ClassVar[str] = "memory"
+    paper: ClassVar[str | None] = None
+    version: ClassVar[int] = 1
+    Config = MemoryConfig
+
+    def __init__(self, config: MemoryConfig) -> None:
+        self.config = config
+
+    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> Task:
+        """There is nothing to load.
+
+        Raises:
+            RecipeError: always.
+        """
+        raise RecipeError(
+            "a module in memory cannot be loaded from a recipe",
+            where="model.source",
+            got="memory",
+            next_step="call quantlab.quantize(module, batches), or choose another source: quantlab list models",
+        )
+
 
 Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What a user hands over: the arguments of one forward; dimension 0 of every tensor is the batch."""

@@ -15,7 +15,7 @@ import torch
 
 from quantlab.api import load_quantized, quantize
 from quantlab.api import sample as sample_run
-from quantlab.errors import ArtefactError, QuantlabError, RecipeError
+from quantlab.errors import ArtefactError, ModelError, QuantlabError, RecipeError
 from quantlab.recipe.load import load_recipe
 from quantlab.report.console import make_console
 from quantlab.run import RunOptions, run
@@ -174,4 +174,9 @@ def test_quantize_a_module_in_memory() -> None:
 
 def test_per_timestep_needs_a_timestep() -> None:
     with pytest.raises(QuantlabError, match="need a timestep"):
-        quantize(torch.nn.Linear(3, 4), [torch.randn(8, 3)], method="efficientdm")
+        quantize(torch.nn.Sequential(torch.nn.Linear(3, 4)), [torch.randn(8, 3)], method="efficientdm")
+
+
+def test_a_single_layer_says_what_to_do() -> None:
+    with pytest.raises(ModelError, match="Sequential"):
+        quantize(torch.nn.Linear(3, 4), [torch.randn(8, 3)])
