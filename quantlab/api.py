@@ -14,10 +14,12 @@ from quantlab.allocation.cost import student_cost
 from quantlab.allocation.student import Student, build_student, restore
 from quantlab.contracts.allocation import BitMap
 from quantlab.contracts.model import GenerativeTask
-from quantlab.contracts.sections import Evaluate
+from quantlab.contracts.sections import Evaluate, Model, Sampling
 from quantlab.errors import ArtefactError
+from quantlab.evaluation.quality import quality
 from quantlab.graph.bind import bind
 from quantlab.graph.serialize import from_json
+from quantlab.models.builtin import BuiltinConfig, BuiltinSource
 from quantlab.models.module import Batch, ModuleTask
 from quantlab.plugins import Registry, load_registry
 from quantlab.quant.accounting import Accounting
@@ -137,13 +139,16 @@ class LoadedRun:
     method: str
 
 
-def load_quantized(folder: str | Path, method: str | None = None, device: str = "cpu") -> LoadedRun:
+def load_quantized(
+    folder: str | Path, method: str | None = None, device: str = "cpu", steps: int | None = None
+) -> LoadedRun:
     """The quantized model of an earlier run.
 
     Args:
         folder: the run folder.
         method: a method of the run; the recipe's own without it.
         device: where to put it.
+        steps: denoising steps of its task; those of the run without it.
 
     Raises:
         ArtefactError: the folder is no complete run, or one of its files is damaged.
@@ -152,7 +157,7 @@ def load_quantized(folder: str | Path, method: str | None = None, device: str = 
     file = folder / "recipe.resolved.yaml"
     if not file.is_file():
         raise ArtefactError("this is no run folder", where=str(folder), next_step="list them: quantlab runs")
-    loaded = load_recipe(file)
+    loaded = load_recipe(file, [f"sampling.steps={steps}"] if steps else [])
     method = method or loaded.recipe.method
     recipe = for_method(loaded, method)
     final = folder / method / "finalize"
@@ -171,9 +176,9 @@ def load_quantized(folder: str | Path, method: str | None = None, device: str = 
     return LoadedRun(task, student, recipe, method)
 
 
-def sample(folder: Path, number: int, seed: int, output: Path, device: str) -> str:
+def sample(folder: Path, number: int, seed: int, output: Path, device: str, steps: int | None = None) -> str:
     """Draw images from the quantized model of a run into a PNG; returns a line about it."""
-    loaded = load_quantized(folder, device=device)
+    loaded = load_quantized(folder, device=device, steps=steps)
     settings = Evaluate(samples=max(2, number), batch=250)
     with make_console().task("Draw images") as progress, torch.no_grad():
         images = draw(loaded.task, loaded.student.run, settings, seed, progress)[:number]
@@ -181,3 +186,13 @@ def sample(folder: Path, number: int, seed: int, output: Path, device: str) -> s
     rows = [GridRow(loaded.method, pixels(part)) for part in images.split(per_row)]
     save_grid(rows, output)
     return f"{number} images of {loaded.method} in {output}"
+
+
+def check_zoo(name: str, samples: int, steps: int) -> str:
+    """Measure a model that ships: FID to the data at its noise floor, class accuracy."""
+    task = BuiltinSource(BuiltinConfig()).load(
+        Model(name=name), Sampling(steps=steps), torch.device("cpu"), torch.float32
+    )
+    with make_console().task("Draw images") as progress:
+        found = quality(task, lambda inputs: task.network(**inputs, **task.static)[0], samples, 11, progress)
+    return f"{name}: {found}"

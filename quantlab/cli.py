@@ -218,6 +218,9 @@ def sample(
     number: Annotated[int, typer.Option("--number", min=1, help="how many images")] = 16,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the initial noise")] = 0,
     output: Annotated[Path, typer.Option("--output", help="the PNG file to write")] = Path("samples.png"),
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="denoising steps; the run's own without it")
+    ] = None,
     device: DeviceOption = "cpu",
     verbose: VerboseOption = False,
 ) -> None:
@@ -225,7 +228,7 @@ def sample(
     with told(verbose):
         from quantlab.api import sample as sample_run
 
-        print(sample_run(run_folder, number, seed, output, device))
+        print(sample_run(run_folder, number, seed, output, device, steps))
 
 
 @app.command()
@@ -257,6 +260,19 @@ def zoo_train(
         from quantlab.zoo.train import train
 
         print(train(name, output, _log))
+
+
+@zoo_app.command("check")
+def zoo_check(
+    name: Annotated[str, typer.Argument(help="digits or digits-heavy")],
+    samples: Annotated[int, typer.Option("--samples", min=200, help="how many images to draw")] = 3000,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="denoising steps")] = 20,
+) -> None:
+    """Measure a model that ships against the data, beside what real images give."""
+    with told():
+        from quantlab.api import check_zoo
+
+        print(check_zoo(name, samples, steps))
 
 
 def _log(iteration: int, iterations: int, loss: float) -> None:

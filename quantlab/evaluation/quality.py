@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 from torch import Tensor
 
 from quantlab.contracts.model import GenerativeTask, Progress, Run
-from quantlab.evaluation.interval import Interval, interval
 from quantlab.evaluation.metrics.fid import frechet_distance
 
 BATCH = 250
@@ -21,19 +21,19 @@ class Quality:
     Attributes:
         samples: images drawn.
         fid: Fréchet distance of as many images as there are real ones to the real ones.
-        floor: the same of real images drawn with replacement; its mean and spread over draws.
+        floor: the same of real images drawn with replacement, once for every draw.
         accuracy: share of all images that show the class asked for.
     """
 
     samples: int
     fid: float
-    floor: Interval
+    floor: tuple[float, ...]
     accuracy: float
 
     def __str__(self) -> str:
-        floor = f"{self.floor.mean:.2f} ± {self.floor.half_width:.2f}"
+        floor = f"{min(self.floor):.2f} to {max(self.floor):.2f}, mean {mean(self.floor):.2f}"
         return (
-            f"FID to the data {self.fid:.2f}; real images drawn with replacement {floor}; "
+            f"FID to the data {self.fid:.2f}; as many real images, drawn with replacement, {floor}; "
             f"class accuracy {self.accuracy:.1%} over {self.samples} samples"
         )
 
@@ -53,8 +53,8 @@ def quality(task: GenerativeTask, run: Run, samples: int, seed: int, progress: P
     return Quality(samples, frechet_distance(drawn, real), noise_floor(real, len(drawn), seed), correct / samples)
 
 
-def noise_floor(real: Tensor, count: int, seed: int, draws: int = 20) -> Interval:
+def noise_floor(real: Tensor, count: int, seed: int, draws: int = 20) -> tuple[float, ...]:
     """Fréchet distance of ``count`` real images, drawn with replacement, to all of them."""
     rng = torch.Generator().manual_seed(seed)
     picks = [torch.randint(len(real), (count,), generator=rng) for _ in range(draws)]
-    return interval([frechet_distance(real[pick], real) for pick in picks])
+    return tuple(frechet_distance(real[pick], real) for pick in picks)

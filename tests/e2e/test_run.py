@@ -78,6 +78,20 @@ def test_the_artefact_is_the_model_that_was_measured(finished, tmp_path) -> None
     assert "5 images of mpq-dm" in line and (tmp_path / "s.png").is_file()
 
 
+@pytest.mark.parametrize("steps", [2, 10])
+def test_calibrated_scales_serve_other_numbers_of_steps(finished, steps: int) -> None:
+    _, result = finished
+    loaded = load_quantized(result.folder, steps=steps)
+    task, student = loaded.task, loaded.student
+    assert len(task.schedule.timesteps) == steps != 4
+    noise, labels = task.draw_noise(20, 2), task.labels(20)
+    images = task.sample(student.run, noise, labels, 0)
+    exact = task.sample(lambda inputs: task.network(**inputs, **task.static)[0], noise, labels, 0)
+    assert torch.isfinite(images).all()
+    # Two-bit weights after four iterations: far from float, and nearer to it than nothing at all.
+    assert (images - exact).square().mean() < exact.square().mean()
+
+
 def test_a_folder_that_is_no_run(tmp_path) -> None:
     with pytest.raises(ArtefactError, match="no run folder"):
         load_quantized(tmp_path)

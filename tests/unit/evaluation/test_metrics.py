@@ -14,6 +14,7 @@ from quantlab.evaluation.interval import interval
 from quantlab.evaluation.metrics import METRICS, Accuracy, InceptionScoreMetric, PairedError
 from quantlab.evaluation.metrics.fid import NoOptions, frechet_distance
 from quantlab.evaluation.metrics.precision_recall import ManifoldPrecisionRecall
+from quantlab.evaluation.quality import noise_floor
 from quantlab.evaluation.samples import SampleSet
 
 
@@ -101,3 +102,10 @@ def test_interval_is_students() -> None:
     found = interval([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.half_width == pytest.approx(4.302652729911275 / math.sqrt(3))
     assert math.isnan(interval([1.0]).low)
+
+
+def test_noise_floor_shrinks_with_the_number() -> None:
+    real = gaussian(400, 0)
+    few, many = (noise_floor(real, count, 0, draws=5) for count in (50, 400))
+    assert max(many) < min(few)
+    assert len(few) == 5 and noise_floor(real, 50, 0, draws=5) == few
