@@ -60,6 +60,9 @@ def capture(context: RunContext, task: Task) -> Captured:
 
     stage = context.stage("capture", "Capture the graph", key, compute, link="capture")
     graph = from_json(stage.file("graph.json").read_text())
+    context.console.detail(f"captured by {graph.method}, {len(graph.guards)} conditions on sizes")
+    for note in graph.notes:
+        context.console.info(f"capture: {note}")
     return Captured(task, graph, sites_from_json(stage.file("sites.json").read_bytes()), stage)
 
 
