@@ -99,11 +99,14 @@ def without(node: Node, path: KeyPath) -> Node:
     return Node(children, node.origin)
 
 
-def replace(node: Node, path: Sequence[str], new: Node) -> Node:
-    """The same tree with ``new`` at ``path``; a list is entered by index, and its length as an index appends."""
+def replace(node: Node, path: Sequence[str], new: Node, above: KeyPath = ()) -> Node:
+    """The same tree with ``new`` laid on what is at ``path``, by the rule of ``merge``.
+
+    A list is entered by index, and its length as an index appends; ``above`` is where ``node`` itself lies.
+    """
     if not path:
-        return new
-    key, rest = path[0], path[1:]
+        return merge(node, new, above)
+    key, rest, here = path[0], path[1:], (*above, path[0])
     match node.value:
         case list() | tuple() as items:
             if not key.isdecimal() or int(key) > len(items):
@@ -111,12 +114,13 @@ def replace(node: Node, path: Sequence[str], new: Node) -> Node:
                     f'"{key}" is no index of this list', where=new.origin, allowed=f"0 to {len(items)} (appends)"
                 )
             children = [*items, Node(None, new.origin)] if int(key) == len(items) else list(items)
-            children[int(key)] = replace(children[int(key)], rest, new)
+            children[int(key)] = replace(children[int(key)], rest, new, here)
             return Node(children, node.origin)
         case Mapping() as items:
-            return Node({**items, key: replace(items.get(key, Node(None, new.origin)), rest, new)}, node.origin)
+            below = items.get(key, Node(None, new.origin))
+            return Node({**items, key: replace(below, rest, new, here)}, node.origin)
         case _:
-            return Node({key: replace(Node(None, new.origin), rest, new)}, new.origin)
+            return Node({key: replace(Node(None, new.origin), rest, new, here)}, new.origin)
 
 
 def read_yaml(path: Path) -> tuple[Node, str]:

@@ -178,6 +178,24 @@ def test_plus_gives_a_tenth_of_the_channels_one_more_bit() -> None:
     assert set(gained.tolist()) == set(order[split : split + 2].tolist())
 
 
+@pytest.mark.parametrize(("channels", "split", "gained"), [(20, 10, 2), (20, 6, 2), (6, 3, 1), (6, 0, 1), (15, 0, 1)])
+def test_plus_pays_out_whatever_the_split(channels: int, split: int, gained: int) -> None:
+    weight = torch.randn(channels, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(30, 32, generator=torch.Generator().manual_seed(1))
+    force = split // max(1, channels // 10)
+    plain = allocated(problem_of(linear(weight), x), force=force)
+    plus = allocated(problem_of(linear(weight), x, extra=0.1), force=force)
+    assert int((plain > 3).sum()) == split
+    assert (plus - plain).sum() == gained and (plus >= plain).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(-30, 30))
+def test_kurtosis_does_not_depend_on_scale(seed: int, exponent: int) -> None:
+    rows = torch.randn(6, 40, generator=torch.Generator().manual_seed(seed)) ** 3
+    assert torch.equal(kurtosis(rows), kurtosis(rows * 2.0**exponent))
+
+
 @pytest.mark.parametrize("offsets", [[-1, 0, 2], [0, 0, 0], [-1, 1, 1]])
 def test_offsets_must_keep_the_mean(offsets: list[int]) -> None:
     with pytest.raises(ValueError, match="mean bits stay"):

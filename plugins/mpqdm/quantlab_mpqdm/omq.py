@@ -55,6 +55,7 @@ class KurtosisPolicy(BitPolicy):
 
     name: ClassVar[str] = "kurtosis"
     paper: ClassVar[str | None] = "MPQ-DM, AAAI 2025, arXiv 2412.11549"
+    version: ClassVar[int] = 2
     Config = KurtosisConfig
 
     def __init__(self, config: KurtosisConfig) -> None:
@@ -131,12 +132,13 @@ class KurtosisPolicy(BitPolicy):
         return bits
 
     def _extra(self, bits: Tensor, order: Tensor, split: int, problem: AllocationProblem) -> Tensor:
-        """MPQ-DM+: the next channels in the order get one more bit, as many as the budget grants.
+        """MPQ-DM+: the next channels in the order get one more bit, as many as the budget grants and at least one.
 
         The paper does not say which; the next-highest kurtosis is the natural reading.
         """
-        count = int(problem.budget.extra_bit_fraction * len(order))
-        chosen = order[split : min(split + count, len(order) - split)]
+        fraction = problem.budget.extra_bit_fraction
+        count = max(1, int(fraction * len(order))) if fraction else 0
+        chosen = order[split : split + count]
         more = bits.clone()
         more[chosen] = (more[chosen] + 1).clamp(max=8)
         return more
