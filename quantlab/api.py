@@ -22,7 +22,7 @@ from quantlab.graph.serialize import from_json
 from quantlab.models.builtin import BuiltinConfig, BuiltinSource
 from quantlab.models.module import Batch, ModuleTask
 from quantlab.plugins import Registry, load_registry
-from quantlab.quant.accounting import Accounting
+from quantlab.quant.accounting import Accounting, FloatModel
 from quantlab.recipe.check import check, check_plugins
 from quantlab.recipe.layers import merge, node_of
 from quantlab.recipe.load import for_method, load_recipe
@@ -123,8 +123,7 @@ def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: in
     assigned = quantize_stages.assign_bits(context, captured, calibrated, plan, recipe, "memory")
     tuned = quantize_stages.tune(context, captured, calibrated, assigned, recipe, "memory")
     final = quantize_stages.finalize(context, tuned, "memory")
-    values = sum(parameter.numel() for parameter in task.network.parameters())
-    cost = student_cost(final.student, final.bit_map, values)
+    cost = student_cost(final.student, final.bit_map, FloatModel.of(task.network))
     bound = bind(final.student.network, final.student.graph, task.timestep_input)
     return QuantizedModule(bound, final.bit_map, cost, coverage_text(plan, cost))
 

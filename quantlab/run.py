@@ -12,6 +12,7 @@ from quantlab.allocation.plan import Plan, mean_weight_bits
 from quantlab.contracts.model import GenerativeTask
 from quantlab.errors import RecipeError
 from quantlab.plugins import Kind
+from quantlab.quant.accounting import Accounting, FloatModel
 from quantlab.recipe.load import LoadedRecipe, for_method
 from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
@@ -69,9 +70,9 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     describe.begin(context, loaded, options.device, options.dtype)
 
     captured = prepare.capture(context, task)
-    values = sum(parameter.numel() for parameter in task.network.parameters())
+    float_model = FloatModel.of(task.network)
     plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, loaded.origin)
-    cost = planned_cost(plan, values, recipe.sampling.steps if recipe.activations.per_timestep else 1)
+    cost = dry_cost(recipe, plan, float_model)
     folder.write_json("plan.json", describe.plan_json(plan, cost))
     coverage = describe.coverage_text(plan, cost)
     console.info(coverage)
@@ -80,7 +81,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     protocol = evaluate.protocol_id(context, task, captured, recipe.sampling, recipe.evaluate, plan)
 
     measured = evaluate.evaluate(context, task, reference, None, recipe.evaluate, "float")
-    rows = [float_row(recipe, measured, values, protocol)]
+    rows = [float_row(recipe, measured, float_model, protocol)]
     images = [(FULL_PRECISION, measured.images)]
     for method in (*recipe.baselines, recipe.method):
         arm = for_method(loaded, method)
@@ -90,7 +91,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         final = quantize.finalize(context, tuned, method)
         measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
         seconds = sum({stage.digest: stage.seconds for stage in (assigned.stage, tuned.stage, final.stage)}.values())
-        rows.append(quantized_row(loaded, arm, plan, final, measured, values, seconds, protocol))
+        rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
         images.append((method, measured.images))
     describe.finish(context, loaded, rows, images, coverage)
     text = f"{markdown(rows)}\n\nsimulated in float; speed is not measured\n{coverage}\nrun folder: {folder.path}"
@@ -131,9 +132,19 @@ def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> 
     with options.console.task("Capture the graph"):
         sites = prepare.capture_sites(task)[1]
     plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin)
-    values = sum(parameter.numel() for parameter in task.network.parameters())
-    cost = planned_cost(plan, values, recipe.sampling.steps if recipe.activations.per_timestep else 1)
+    float_model = FloatModel.of(task.network)
+    cost = dry_cost(recipe, plan, float_model)
     return describe.plan_text(plan, cost)
+
+
+def dry_cost(recipe: Recipe, plan: Plan, float_model: FloatModel) -> Accounting:
+    """What the recipe's own method will cost."""
+    return planned_cost(
+        plan,
+        float_model,
+        timesteps=recipe.sampling.steps if recipe.activations.per_timestep else 1,
+        smoothed=bool(recipe.passes),
+    )
 
 
 def site_table(loaded: LoadedRecipe) -> str:
@@ -148,9 +159,9 @@ def quiet() -> Console:
     return make_console(quiet=True)
 
 
-def float_row(recipe: Recipe, measured: evaluate.Measured, values: int, protocol: str) -> Row:
+def float_row(recipe: Recipe, measured: evaluate.Measured, float_model: FloatModel, protocol: str) -> Row:
     """The full-precision row."""
-    size = 4 * values
+    size = float_model.total_bytes
     return Row(
         FULL_PRECISION, recipe.model.name, 32, 32, size, size, 0.0, measured.metrics, 0.0, protocol, 0, True, False, ""
     )
@@ -162,12 +173,12 @@ def quantized_row(
     plan: Plan,
     final: quantize.Quantized,
     measured: evaluate.Measured,
-    values: int,
+    float_model: FloatModel,
     seconds: float,
     protocol: str,
 ) -> Row:
     """The row of a method."""
-    cost = student_cost(final.student, final.bit_map, values)
+    cost = student_cost(final.student, final.bit_map, float_model)
     inputs = [final.bit_map.activation_bits[site.name, site.slots[0].name] for site in plan.budgeted]
     return Row(
         method=arm.method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,8 +100,18 @@ def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
     network = copy.deepcopy(task.network)
     names = [entry.site.name for entry in plan.quantized]
     graph = insert_quantizers(network, captured, names, task.timestep_input)
+    _untie(network, names)
     run = tapped_run(network, graph, ())
     return Student(network.requires_grad_(False), graph, plan, lambda inputs: run(inputs)[0])
+
+
+def _untie(network: nn.Module, layers: Sequence[str]) -> None:
+    """Give every quantized layer a weight of its own: what tuning does to one must not reach those that shared it."""
+    users = Counter(id(value) for value in network.state_dict(keep_vars=True).values())
+    for name in layers:
+        layer = network.get_submodule(name)
+        if users[id(layer.weight)] > 1:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)  # type: ignore[arg-type]
 
 
 def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices) -> None:

@@ -69,6 +69,7 @@ class QParams:
         quant_max: largest code, likewise.
         axis: the channel axis, or None.
         timesteps: the calibrated timesteps [T] of a per-timestep table, or None.
+        round_zero_point: the zero points are integers; otherwise they are free floats.
     """
 
     scale: Tensor
@@ -77,3 +78,4 @@ class QParams:
     quant_max: int | Tensor
     axis: int | None = None
     timesteps: Tensor | None = None
+    round_zero_point: bool = True

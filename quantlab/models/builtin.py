@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
 from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run
@@ -59,7 +59,8 @@ class DigitsTask(GenerativeTask):
         self.name, self.device, self.dtype = name, device, dtype
         try:
             self.network = digits.load_unet(name)
-            self.network.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]  # diffusers decorates it
+            # Not diffusers' own ``to``, which warns about an empty list of modules.
+            nn.Module.to(self.network, device=device, dtype=dtype)
             self.classifier = digits.load_classifier().to(device)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(

@@ -1,29 +1,59 @@
 """What a quantized network costs: bytes and bit operations, by one convention for all methods.
 
 Weights lie packed at their own bits, a site's channels of one width together and rounded up to whole bytes. A site
-with mixed widths stores its width for every channel in 3 bits. Scales are float16; a zero point is one byte when it is
-rounded and float16 when it is free. Activations store a scale and a zero point for each slot and calibrated timestep
-and, where they depend on the timestep, the timestep in 2 bytes. Smoothing scales are float16. Everything that stays
-float (biases, norms, embeddings, float sites) has the float model's own width. One bit operation is one bit of the
-weight times one bit of the activation in one multiply-accumulate.
+with mixed widths stores its width for every channel in 3 bits. Scales and smoothing scales are float32, as the model
+computes with them. A rounded zero point is an integer as wide as its site's values need, a free one float32.
+Activations store a scale and a zero point for each slot and calibrated timestep and, where they depend on the
+timestep, the timestep in 2 bytes. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the
+float model's own width and is counted once however many modules share it. One bit operation is one bit of the weight
+times one bit of the activation in one multiply-accumulate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantlab.contracts.allocation import FLOAT_BITS
 
-SCALE_BYTES = 2
-ZERO_POINT_BYTES = 1
-FREE_ZERO_POINT_BYTES = 2
+SCALE_BYTES = 4
+SMOOTHING_BYTES = 4
+FREE_ZERO_POINT_BYTES = 4
 TIMESTEP_BYTES = 2
-SMOOTHING_BYTES = 2
 WIDTH_BITS = 3
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """What the float network stores.
+
+    Attributes:
+        tensors: bytes and names of every parameter and persistent buffer; a shared one has several names.
+    """
+
+    tensors: tuple[tuple[int, frozenset[str]], ...]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> FloatModel:
+        """The float model of a network."""
+        names: dict[int, set[str]] = {}
+        values = network.state_dict(keep_vars=True)
+        for name, value in values.items():
+            names.setdefault(id(value), set()).add(name)
+        sizes = {id(value): value.numel() * value.element_size() for value in values.values()}
+        return cls(tuple((sizes[key], frozenset(found)) for key, found in names.items()))
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything."""
+        return sum(size for size, _ in self.tensors)
+
+    def without(self, replaced: Collection[str]) -> int:
+        """Bytes that are left when the tensors ``replaced`` go; a shared one stays while anyone else needs it."""
+        return sum(size for size, names in self.tensors if not names <= set(replaced))
 
 
 @dataclass(frozen=True)
@@ -31,26 +61,30 @@ class SiteCost:
     """What the accounting must know about one site.
 
     Attributes:
+        name: of the site; its weight is the float model's tensor ``name.weight``.
         macs: multiply-accumulates at batch 1.
         weights_per_channel: in / groups times the kernel.
         weight_bits: integer [out], FLOAT_BITS where it stays float.
         activation_bits: FLOAT_BITS where the input stays float.
         activation_entries: stored timesteps of the input's quantizer, 1 for a static one.
         per_timestep: the input's scale depends on the timestep.
-        round_zero_point: zero points are integers.
+        weight_zero_point_bytes: of one zero point of the weight, see ``zero_point_bytes``.
+        activation_zero_point_bytes: of one zero point of the input.
         smoothing_channels: input channels with a smoothing scale, 0 for none.
-        adapter_values: parameters of an adapter that is not merged.
+        adapter_bytes: of an adapter that is not merged.
     """
 
+    name: str
     macs: int
     weights_per_channel: int
     weight_bits: Tensor
     activation_bits: int
     activation_entries: int = 1
     per_timestep: bool = False
-    round_zero_point: bool = True
+    weight_zero_point_bytes: int = 1
+    activation_zero_point_bytes: int = 1
     smoothing_channels: int = 0
-    adapter_values: int = 0
+    adapter_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,31 +139,40 @@ class Accounting:
         return self.quantized_macs / self.macs if self.macs else 0.0
 
 
-def account(sites: Sequence[SiteCost], parameter_count: int, float_value_bytes: int = 4) -> Accounting:
+def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
     """Add up the costs of a network.
 
     Args:
         sites: every site, float ones included.
-        parameter_count: all parameters and persistent buffers of the float network.
-        float_value_bytes: of one value that stays float.
+        float_model: of the float network.
     """
     quantized = [site for site in sites if is_quantized(site)]
     inputs = [site for site in sites if site.activation_bits != FLOAT_BITS]
-    coded = sum(site.weights_per_channel * len(site.weight_bits) for site in quantized)
     return Accounting(
         weight_bytes=sum(packed_bytes(site.weight_bits, site.weights_per_channel) for site in quantized),
         scale_bytes=sum(SCALE_BYTES * len(site.weight_bits) for site in quantized),
-        zero_point_bytes=sum(_zero_point_bytes(site) * len(site.weight_bits) for site in quantized),
+        zero_point_bytes=sum(site.weight_zero_point_bytes * len(site.weight_bits) for site in quantized),
         index_bytes=sum(-(-WIDTH_BITS * len(site.weight_bits) // 8) for site in quantized if _is_mixed(site)),
         activation_bytes=sum(_activation_bytes(site) for site in inputs),
         smoothing_bytes=sum(SMOOTHING_BYTES * site.smoothing_channels for site in sites),
-        adapter_bytes=sum(float_value_bytes * site.adapter_values for site in sites),
-        float_bytes=float_value_bytes * (parameter_count - coded),
-        float_model_bytes=float_value_bytes * parameter_count,
+        adapter_bytes=sum(site.adapter_bytes for site in sites),
+        float_bytes=float_model.without({f"{site.name}.weight" for site in quantized}),
+        float_model_bytes=float_model.total_bytes,
         macs=sum(site.macs for site in sites),
         quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS),
         bit_operations=sum(_bit_operations(site) for site in sites),
     )
+
+
+def zero_point_bytes(zero_point: Tensor, rounded: bool) -> int:
+    """Bytes of one zero point: the smallest integer, signed or not, that holds a tensor's, float32 for free ones."""
+    if not rounded:
+        return FREE_ZERO_POINT_BYTES
+    for kind in (torch.uint8, torch.int8, torch.uint16, torch.int16):
+        limits = torch.iinfo(kind)
+        if bool(((zero_point >= limits.min) & (zero_point <= limits.max)).all()):
+            return limits.bits // 8
+    return 4
 
 
 def packed_bytes(bits: Tensor, weights_per_channel: int) -> int:
@@ -148,12 +191,8 @@ def _is_mixed(site: SiteCost) -> bool:
     return bool((site.weight_bits != site.weight_bits[0]).any())
 
 
-def _zero_point_bytes(site: SiteCost) -> int:
-    return ZERO_POINT_BYTES if site.round_zero_point else FREE_ZERO_POINT_BYTES
-
-
 def _activation_bytes(site: SiteCost) -> int:
-    entry = SCALE_BYTES + _zero_point_bytes(site) + (TIMESTEP_BYTES if site.per_timestep else 0)
+    entry = SCALE_BYTES + site.activation_zero_point_bytes + (TIMESTEP_BYTES if site.per_timestep else 0)
     return entry * site.activation_entries
 
 

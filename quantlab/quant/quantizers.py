@@ -122,6 +122,7 @@ class AffineQuantizer(Quantizer):
             self.quant_max.to(torch.int64),
             self.spec.granularity.axis if isinstance(self.spec.granularity, PerChannel) else None,
             self.timesteps if self.spec.per_timestep else None,
+            self.spec.round_zero_point,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from quantlab_mpqdm.omq import KurtosisConfig, KurtosisPolicy
@@ -9,16 +11,20 @@ from torch import nn
 from toys import ToyDenoiser, affine, make_toy, silent
 
 from quantlab.allocation.assign import AssignMethod, assign
-from quantlab.allocation.cost import student_cost
+from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import make_plan, mean_weight_bits
 from quantlab.allocation.smoothing import SmoothConfig, SmoothPass
-from quantlab.allocation.student import restore
+from quantlab.allocation.student import add_adapters, restore
 from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy
 from quantlab.contracts.config import Strict
-from quantlab.contracts.sections import Budget, InputsFrom
+from quantlab.contracts.quant import Observer
+from quantlab.contracts.sections import Activations, Budget, InputsFrom, Weights
+from quantlab.contracts.tuning import AdapterSpec
 from quantlab.errors import NonFiniteError, PluginError, QuantlabError, RecipeError
+from quantlab.quant.accounting import FloatModel
+from quantlab.tuning.finalize import finalize
 
 MPQDM = AssignMethod(
     [SmoothPass(SmoothConfig())],
@@ -84,10 +90,50 @@ def test_size_says_what_the_bits_say() -> None:
     toy = make_toy(weight_bits=2)
     student, bit_map = assigned(toy)
     values = sum(p.numel() for p in toy.task.network.parameters())
-    cost = student_cost(student, bit_map, values)
+    cost = student_cost(student, bit_map, FloatModel.of(toy.task.network))
     weights = sum(site.weight_count for site in toy.sites if site.weight_shape)
     assert cost.float_bytes == 4 * (values - weights)
     assert weights * 2 / 8 <= cost.weight_bytes <= weights * 2 / 8 + 3 * len(toy.sites)
+
+
+def test_a_dry_run_tells_the_size_of_a_method_that_does_not_mix() -> None:
+    toy = make_toy(weight_bits=3, activation_bits=4, keep={"conv_in": 8, "time": FLOAT_BITS})
+    # Ranges that hold 0 have zero points among the codes, one byte each, as a dry run takes them to be.
+    choices = affine(Weights(observer=Observer.MIN_MAX), Activations(observer=Observer.MIN_MAX, per_timestep=True))
+    policies = [UniformPolicy(UniformPolicy.Config())]
+    student, bit_map = assigned(toy, replace(MPQDM, policies=policies, choices=choices))
+    float_model = FloatModel.of(toy.task.network)
+    found = student_cost(student, bit_map, float_model)
+    assert planned_cost(toy.plan, float_model, timesteps=4, smoothed=True) == found
+
+
+class Tied(ToyDenoiser):
+    """Two blocks with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].conv.weight = self.blocks[0].conv.weight
+
+
+def test_layers_that_share_a_weight_are_tuned_apart() -> None:
+    toy = make_toy(Tied())
+    student, bit_map = assigned(toy, replace(MPQDM, policies=[UniformPolicy(UniformPolicy.Config())]))
+    add_adapters(student, AdapterSpec(2), 0)
+    first, second = student.layer("blocks.0.conv"), student.layer("blocks.1.conv")
+    start = first.weight.clone()
+    with torch.no_grad():
+        first.adapter.B.fill_(0.1)
+    finalize(student.layers())
+    assert not torch.equal(first.weight, start)
+    assert torch.equal(second.weight, start)
+    restored = restore(toy.student(), bit_map, affine(), student.network.state_dict())
+    inputs = toy.task.example_inputs(4)
+    assert torch.equal(restored.run(inputs), student.run(inputs))
+    cost = student_cost(student, bit_map, FloatModel.of(toy.task.network))
+    own = sum(value.numel() for value in toy.task.network.parameters())
+    assert cost.float_model_bytes == 4 * own
+    quantized = sum(site.weight_count for site in toy.sites) - first.weight.numel()
+    assert cost.float_bytes == 4 * (own - quantized)
 
 
 class Degenerate(ToyDenoiser):
