@@ -78,7 +78,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     console.info(coverage)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     reference = evaluate.reference(context, task, captured, recipe.sampling, recipe.evaluate)
-    protocol = evaluate.protocol_id(context, task, captured, recipe.sampling, recipe.evaluate, plan)
+    protocol = evaluate.protocol_id(context, task, recipe.sampling, recipe.evaluate, plan)
 
     measured = evaluate.evaluate(context, task, reference, None, recipe.evaluate, "float")
     rows = [float_row(recipe, measured, float_model, protocol)]

@@ -84,11 +84,13 @@ class Reference:
 
     Attributes:
         features: of the real images [M, F].
-        name: of the set, for the protocol.
+        name: of the set.
+        digest: hash of the real images and of the weights of the network that judges.
     """
 
     features: Tensor
     name: str
+    digest: str
 
 
 class GenerativeTask(Task):

@@ -14,6 +14,7 @@ from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Pro
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import ModelError, RecipeError, nearest
 from quantlab.sampling import SampleStep, Schedule
+from quantlab.store import digest_of, digest_of_file
 from quantlab.zoo import digits
 from quantlab.zoo.train import noise_schedule
 
@@ -146,4 +147,6 @@ class DigitsTask(GenerativeTask):
 
     def reference(self) -> Reference:
         """All 1,797 scans."""
-        return Reference(self.judge(digits.load_images()[0].to(self.device))[0], "digits: load_digits, 1797 images")
+        images = digits.load_images()[0]
+        digest = digest_of([digest_of_file(digits.weights_path("digits-classifier")), digest_of(images.tolist())])
+        return Reference(self.judge(images.to(self.device))[0], "digits: load_digits, 1797 images", digest)

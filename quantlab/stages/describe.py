@@ -79,8 +79,9 @@ def plan_text(plan: Plan, cost: Accounting) -> str:
         kept = "" if entry.budgeted else " (kept)"
         tags = ", ".join(sorted(entry.site.tags))
         lines.append([entry.site.name, str(entry.site.kind), shape, f"{entry.site.macs:,}", bits + kept, tags])
+    smaller = cost.float_model_bytes / cost.total_bytes
     size = (
-        f"size about {cost.total_bytes:,} bytes, {cost.float_model_bytes / cost.total_bytes:.1f} times smaller than float; "
+        f"size about {cost.total_bytes:,} bytes, {smaller:.1f} times smaller than float; "
         f"{cost.bit_operations / 1e9:.3f} G bit operations a forward at batch 1"
     )
     return f"{markdown_of(lines)}\n\n{size}\n{coverage_text(plan, cost)}"

@@ -17,7 +17,7 @@ from quantlab.contracts.sections import Choice, Evaluate, Sampling
 from quantlab.evaluation.samples import SampleSet
 from quantlab.plugins import Kind
 from quantlab.stages.context import RunContext, as_json
-from quantlab.stages.prepare import Captured, layer_set_digest
+from quantlab.stages.prepare import Captured, fingerprint, layer_set_digest
 from quantlab.stages.quantize import Quantized
 from quantlab.store import JSON, StageFolder, digest_of
 
@@ -136,16 +136,13 @@ def evaluate(
     return Measured(metrics, load_file(stage.file("images.safetensors"))["images"], stage)
 
 
-def protocol_id(
-    context: RunContext, task: GenerativeTask, captured: Captured, sampling: Sampling, settings: Evaluate, plan: Plan
-) -> str:
+def protocol_id(context: RunContext, task: GenerativeTask, sampling: Sampling, settings: Evaluate, plan: Plan) -> str:
     """Hash of everything that must be equal for two rows to be compared; a method's own seed is not part of it."""
     metrics = [Choice(name=name) for name in settings.metrics]
     return digest_of(
         {
-            "capture": captured.stage.digest,
-            "reference_set": task.reference().name,
-            "judge": digest_of([float(value) for value in task.judge(task.draw_noise(8, 0).float())[1].flatten()]),
+            "weights": fingerprint(task),
+            "reference_set": task.reference().digest,
             "sampling": as_json(sampling),
             "samples": settings.samples,
             "noise_seed": settings.noise_seed,
