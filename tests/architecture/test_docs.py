@@ -1,0 +1,102 @@
+"""What the documents point at is there: links, files, tests, recipes and public names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import quantlab
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("plugins/**/README.md"),
+    ]
+)
+PENDING = {"docs/results.md"}
+"""Cited, and still to be written; whoever adds it takes it out of here."""
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+SPAN = re.compile(r"`([^`]+)`")
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+TOP = r"(?:quantlab|plugins|tests|docs|recipes|quantlab_\w+)"
+FILE = re.compile(rf"(?<![\w/.-]){TOP}/[\w./-]+\.(?:py|yaml|md|json|png)(?:::\w+)?")
+FOLDER = re.compile(rf"{TOP}(?:/[\w.-]+)*/?")
+TEST = re.compile(r"(?:[\w/]+\.py::)?test_\w+")
+DOTTED = re.compile(r"quantlab(\.[A-Za-z_]\w*)+")
+RECIPE = re.compile(r"quantlab (?:run|show|validate|show sites)\s+(digits/[\w-]+)")
+
+documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def prose(document: Path) -> str:
+    """A document without its fenced blocks."""
+    return FENCE.sub("", document.read_text())
+
+
+def found(path: str, document: Path) -> bool:
+    """Whether a cited path exists from the root, or beside the document, as in a plugin's README."""
+    return (
+        path in PENDING
+        or (ROOT / path).exists()
+        or (path.startswith("quantlab_") and (document.parent / path).exists())
+    )
+
+
+def names_of_tests() -> set[str]:
+    """The name of every test."""
+    names = set()
+    for file in ROOT.glob("tests/**/test_*.py"):
+        names |= {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
+    return names
+
+
+def cited_paths(document: Path) -> Iterator[str]:
+    yield from (match.partition("::")[0] for match in FILE.findall(document.read_text()))
+    yield from (span for span in SPAN.findall(prose(document)) if "/" in span and FOLDER.fullmatch(span))
+
+
+@documents
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    targets = [target.partition("#")[0] for target in LINK.findall(prose(document)) if "://" not in target]
+    missing = [target for target in targets if target and not (document.parent / target).exists()]
+    assert not [target for target in missing if document.parent / target not in {ROOT / path for path in PENDING}]
+
+
+@documents
+def test_every_cited_path_exists(document: Path) -> None:
+    assert not [path for path in cited_paths(document) if not found(path, document)]
+
+
+@documents
+def test_every_cited_test_exists(document: Path) -> None:
+    known = names_of_tests()
+    for span in SPAN.findall(prose(document)):
+        if TEST.fullmatch(span):
+            file, separator, name = span.rpartition("::")
+            assert name in known, span
+            assert not separator or f"def {name}(" in (ROOT / file).read_text(), span
+
+
+@documents
+def test_every_cited_public_name_and_recipe_exists(document: Path) -> None:
+    for span in SPAN.findall(prose(document)):
+        if DOTTED.fullmatch(span):
+            assert span.split(".")[1] in quantlab.__all__ or (ROOT / f"{span.replace('.', '/')}.py").exists(), span
+    for name in RECIPE.findall(document.read_text()):
+        assert (ROOT / "recipes" / f"{name}.yaml").exists(), name
+
+
+def test_the_patterns_see_what_they_are_for() -> None:
+    assert FILE.findall("in `quantlab/run.py`, and (docs/results.md) or recipes/bench/x.yaml") == [
+        "quantlab/run.py",
+        "docs/results.md",
+        "recipes/bench/x.yaml",
+    ]
+    assert LINK.findall("![a](docs/a.png) [b](../b.md#part)") == ["docs/a.png", "../b.md#part"]
+    assert len(DOCUMENTS) > 8
