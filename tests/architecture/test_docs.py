@@ -1,4 +1,4 @@
-"""What the documents point at is there: links, files, tests, recipes and public names."""
+"""What the documents point at is there: links, files, tests, recipes, public names and measured intervals."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ FILE = re.compile(rf"(?<![\w/.-]){TOP}/[\w./-]+\.(?:py|yaml|md|json|png)(?:::\w+
 FOLDER = re.compile(rf"{TOP}(?:/[\w.-]+)*/?")
 TEST = re.compile(r"(?:[\w/]+\.py::)?test_\w+")
 DOTTED = re.compile(r"quantlab(\.[A-Za-z_]\w*)+")
+INTERVAL = re.compile(r"[\d.,]+ ± [\d.]+")
 RECIPE = re.compile(r"quantlab (?:run|show|validate|show sites)\s+(digits/[\w-]+)")
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -90,6 +91,12 @@ def test_every_cited_public_name_and_recipe_exists(document: Path) -> None:
             assert span.split(".")[1] in quantlab.__all__ or (ROOT / f"{span.replace('.', '/')}.py").exists(), span
     for name in RECIPE.findall(document.read_text()):
         assert (ROOT / "recipes" / f"{name}.yaml").exists(), name
+
+
+@documents
+def test_every_interval_is_in_a_committed_result(document: Path) -> None:
+    results = "".join(file.read_text() for file in ROOT.glob("docs/results/*/summary.md"))
+    assert not set(INTERVAL.findall(document.read_text())) - set(INTERVAL.findall(results))
 
 
 def test_the_patterns_see_what_they_are_for() -> None:
