@@ -26,8 +26,8 @@ class SiteRecord:
     """A site's tensors.
 
     Attributes:
-        weight: float [out, in / groups, *k].
-        inputs: calibration inputs [B, in, ...] of a convolution, [B, ..., in] of a linear layer.
+        weight: float32 [out, in / groups, *k], whatever the network computes in.
+        inputs: calibration inputs, float32 [B, in, ...] of a convolution, [B, ..., in] of a linear layer.
         channel_dim: the input dimension that holds the channels.
         groups: of a convolution.
         compute: the operation.
@@ -44,11 +44,12 @@ class SiteRecord:
     @classmethod
     def of_layer(cls, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> SiteRecord:
         """The record of a layer that saw ``inputs``."""
-        weight = layer.weight.detach()
+        weight, inputs = layer.weight.detach().float(), tuple(x.float() for x in inputs)
+        bias = None if layer.bias is None else layer.bias.detach().float()
         if isinstance(layer, nn.Linear):
-            return cls(weight, inputs, -1, 1, lambda x, w: F.linear(x, w, layer.bias))
+            return cls(weight, inputs, -1, 1, lambda x, w: F.linear(x, w, bias))
         conv = cast(nn.Conv2d, layer)
-        return cls(weight, inputs, 1, conv.groups, lambda x, w: conv._conv_forward(x, w, conv.bias))
+        return cls(weight, inputs, 1, conv.groups, lambda x, w: conv._conv_forward(x, w, bias))
 
     def weight_absmax(self) -> Tensor:
         """Largest magnitude of the weights that read each input channel [in]."""

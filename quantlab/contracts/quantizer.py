@@ -45,6 +45,9 @@ class Quantizer(nn.Module):
     def round_parameters(self) -> None:
         """Put parameters that forward rounds at their rounded values, in place; forward gives the same as before."""
 
+    def constrain(self) -> None:
+        """Bring parameters back to where they must be, in place; called after every step of an optimizer."""
+
     @abstractmethod
     def qparams(self) -> QParams | None:
         """What is stored, or None for a format that cannot be packed."""

@@ -109,7 +109,8 @@ class TuneJob:
 
     Attributes:
         task: the network's contract: how inputs are doubled and predictions combined under guidance.
-        layers: the quantized layers that may be trained, by site, in the graph's order, adapters in place.
+        network: the quantized network.
+        layers: its quantized layers that may be trained, by site, in the graph's order, adapters in place.
         student: the quantized network's forward with taps.
         teacher: the float network's forward with taps.
         calibration: the recorded trajectories.
@@ -121,6 +122,7 @@ class TuneJob:
     """
 
     task: Task
+    network: nn.Module
     layers: Mapping[str, nn.Module]
     student: TappedRun
     teacher: TappedRun

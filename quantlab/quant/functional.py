@@ -15,6 +15,8 @@ NUM_CANDIDATES = 80
 """Shrunken ranges that the MSE search tries: 1.00, 0.99, ..., 0.21 of the full range."""
 MSE_POWER = 2.4
 """Exponent of the error that the MSE search minimises."""
+MIN_SCALE = 1e-8
+"""Smallest scale: of an empty range in the min-max search, as in the released code of MPQ-DM, and in training."""
 _CHUNK_ELEMENTS = 1 << 18
 
 
@@ -24,14 +26,15 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(x, scale, zero_point, quant_max)
-        codes = torch.round(x / scale).add_(zero_point).clamp_(torch.zeros_like(quant_max), quant_max)
+        codes = torch.round(_ratio(x, scale)).add_(zero_point).clamp_(torch.zeros_like(quant_max), quant_max)
         return codes.sub_(zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
         (gradient,) = gradients
         x, scale, zero_point, quant_max = ctx.saved_tensors
-        ratio = x / scale
+        ratio = _ratio(x, scale)
+        gradient = gradient.to(ratio.dtype)
         codes = torch.round(ratio).add_(zero_point)
         # Inclusive borders: a code that lands on one keeps its gradient, as clamp's does.
         inside = (codes >= 0) & (codes <= quant_max)
@@ -44,6 +47,11 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_x = (gradient * inside).to(x.dtype)
         return for_x, for_scale, for_zero_point, None
+
+
+def _ratio(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale in the higher precision of the two; torch would let a scale of no dimensions take that of x."""
+    return x.to(torch.promote_types(x.dtype, scale.dtype)) / scale
 
 
 def fake_quantize(
@@ -120,7 +128,7 @@ def search_scale(
 def _from_range(low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
     """The range widened to hold 0, computed in float64."""
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-    scale = ((high - low) / quant_max).clamp(min=1e-8)
+    scale = ((high - low) / quant_max).clamp(min=MIN_SCALE)
     return scale.float(), torch.round(-low / scale).float()
 
 

@@ -12,7 +12,7 @@ from quantlab.contracts.config import Strict
 from quantlab.contracts.quant import PerChannel, QParams, QuantSpec
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.errors import QuantlabError
-from quantlab.quant.functional import fake_quantize, per_channel, search_scale
+from quantlab.quant.functional import MIN_SCALE, fake_quantize, per_channel, search_scale
 from quantlab.quant.timestep import group_by_timestep, nearest_index
 
 
@@ -111,6 +111,10 @@ class AffineQuantizer(Quantizer):
         """Put the zero points at their rounded values, when forward rounds them anyway."""
         if self.spec.round_zero_point:
             self.zero_point.data.round_()
+
+    def constrain(self) -> None:
+        """A scale stays positive: gradients may carry a small one past 0, where codes would change their sign."""
+        self.scale.data.clamp_(min=MIN_SCALE)
 
     def qparams(self) -> QParams:
         """Scale, zero point and codes."""

@@ -152,6 +152,7 @@ def tune_job(
     taps = tuple(dict.fromkeys(path for loss in losses for path in loss.taps(captured.sites)))
     return TuneJob(
         task=captured.task,
+        network=student.network,
         layers=student.trained_layers(),
         student=tapped_run(student.network, student.graph, taps),
         teacher=tapped_run(captured.task.network, captured.graph, taps),

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
+from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.sections import Tune
 from quantlab.contracts.tuning import (
     OUTPUT,
@@ -26,7 +27,7 @@ from quantlab.contracts.tuning import (
     TuneResult,
 )
 from quantlab.errors import QuantlabError
-from quantlab.tuning.finite import require_finite
+from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
 
 SCALE_TO_LEARNING_RATE = 2500.0
 """EfficientDM's scale-aware rule: a layer's adapter learns with its mean weight scale divided by this."""
@@ -80,6 +81,9 @@ class DistillTuner(Tuner):
         names = ["total", *(loss.name for loss in job.losses)]
         history: dict[str, list[float]] = {name: [] for name in names}
         start = _restore(job, parameters, optimizer, schedule, history)
+        quantizers = [
+            module for layer in job.layers.values() for module in layer.modules() if isinstance(module, Quantizer)
+        ]
         for layer in job.layers.values():
             layer.gradient_checkpointing = self.config.gradient_checkpointing  # type: ignore[assignment]
         for iteration in range(start, total):
@@ -90,7 +94,10 @@ class DistillTuner(Tuner):
             values = _losses_at(job, position)
             optimizer.zero_grad(set_to_none=True)
             values["total"].backward()
+            require_finite_gradients(parameters, _where(position))
             optimizer.step()
+            for quantizer in quantizers:
+                quantizer.constrain()
             schedule.step()
             for name in names:
                 history[name].append(values[name].item() if name in values else math.nan)
@@ -100,6 +107,10 @@ class DistillTuner(Tuner):
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         return TuneResult(history)
+
+
+def _where(position: _Position) -> str:
+    return f"tune, epoch {position.epoch}, denoising step {position.step}"
 
 
 def _losses_at(job: TuneJob, position: _Position) -> dict[str, Tensor]:
@@ -122,14 +133,13 @@ def _losses_at(job: TuneJob, position: _Position) -> dict[str, Tensor]:
     if not any(value.requires_grad for value in values.values()):
         raise QuantlabError(
             "no loss has a gradient, so nothing would be trained",
-            where=f"tune, epoch {position.epoch}, denoising step {position.step}",
+            where=_where(position),
             got=", ".join(sorted(values)) or "no loss at this step",
             next_step='add a loss with a gradient at every step, such as "mse"',
         )
     values["total"] = torch.stack([value for value in values.values() if value.requires_grad]).sum()
     if not torch.isfinite(values["total"]):
-        where = f"tune, epoch {position.epoch}, denoising step {position.step}"
-        require_finite(job.layers, lambda: job.student(network_inputs), where)
+        raise blame_non_finite(job.network, lambda: job.student(network_inputs), _where(position))
     return values
 
 

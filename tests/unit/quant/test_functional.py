@@ -178,3 +178,17 @@ def test_smoothing_scale_in_closed_form() -> None:
     weight, inputs = torch.tensor([1.0, 4.0, 0.0, 2.0]), torch.tensor([4.0, 1.0, 3.0, 0.0])
     assert smoothing_scale(weight, inputs, 0.5).tolist() == [2.0, 0.5, 1.0, 1.0]
     assert smoothing_scale(weight, inputs, 1.0).tolist() == [4.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_the_precision_of_the_scale(dtype: torch.dtype) -> None:
+    x, g = rows(11).to(dtype), rows(12).to(dtype)
+    found = []
+    for shape in ((), (1, 1)):
+        leaves = [x.clone().requires_grad_(), *(torch.full(shape, v).requires_grad_() for v in (0.0371, 7.0))]
+        y = fake_quantize(*leaves, 15)
+        y.backward(g)
+        found.append((y, *(leaf.grad.flatten() for leaf in leaves)))
+    exact = fake_quantize(x.float(), torch.tensor(0.0371), torch.tensor(7.0), 15).to(dtype)
+    assert torch.equal(found[0][0], exact)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

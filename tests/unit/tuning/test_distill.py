@@ -15,8 +15,9 @@ from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.student import Student, add_adapters, tapped_run
 from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
+from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.sections import InputsFrom, Tune
-from quantlab.contracts.tuning import AdapterSpec, Checkpoint, ConvAdapter, Loss, TuneJob
+from quantlab.contracts.tuning import OUTPUT, AdapterSpec, Checkpoint, ConvAdapter, Loss, StepContext, TuneJob
 from quantlab.errors import NonFiniteError, QuantlabError
 from quantlab.losses.mse import MseConfig, MseLoss
 from quantlab.tuning.distill import DistillConfig, DistillTuner, parameter_groups
@@ -52,6 +53,7 @@ def job_of(toy: Toy, student: Student, losses: list[Loss], settings: Tune = SETT
     taps = tuple(path for loss in losses for path in loss.taps(toy.sites))
     return TuneJob(
         task=toy.task,
+        network=student.network,
         layers=student.trained_layers(),
         student=tapped_run(student.network, student.graph, taps),
         teacher=tapped_run(toy.task.network, toy.graph, taps),
@@ -141,6 +143,39 @@ def test_a_bad_site_is_named() -> None:
     student.layer("blocks.1.conv").adapter.B.data.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match=r"adapter\.B of blocks\.1\.conv"):
         DistillTuner(DistillConfig()).tune(job_of(toy, student, [mse()]))
+
+
+def test_a_bad_module_before_every_trained_site_is_named() -> None:
+    toy = make_toy(keep={"conv_in": FLOAT_BITS})
+    student = prepared(toy)
+    student.network.conv_in.weight.data[0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"weight of conv_in"):
+        DistillTuner(DistillConfig()).tune(job_of(toy, student, [mse()]))
+
+
+class Explosive(MseLoss):
+    """Finite, with a gradient that is not."""
+
+    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], step: StepContext) -> Tensor:
+        return (student[OUTPUT] * 0).abs().sqrt().sum()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_does_harm() -> None:
+    toy = make_toy()
+    student = prepared(toy)
+    before = {name: value.clone() for name, value in student.network.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"the gradient of .*/adapter/"):
+        DistillTuner(DistillConfig()).tune(job_of(toy, student, [Explosive(MseConfig())]))
+    assert all(torch.equal(value, before[name]) for name, value in student.network.state_dict().items())
+
+
+def test_scales_stay_positive() -> None:
+    toy = make_toy(weight_bits=2)
+    wild = SETTINGS.model_copy(update={"weight_learning_rate": 10.0, "activation_learning_rate": 10.0})
+    student = prepared(toy)
+    DistillTuner(DistillConfig()).tune(job_of(toy, student, [mse()], wild))
+    scales = [value for name, value in student.network.state_dict().items() if name.endswith("scale")]
+    assert min(value.min().item() for value in scales) > 0
 
 
 def test_kept_sites_are_not_trained() -> None:
