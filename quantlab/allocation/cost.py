@@ -46,11 +46,12 @@ def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: 
     for entry in plan.sites:
         cost = site_cost(entry.site, bit_map)
         if entry.budgeted:
+            entries = timesteps if entry.site.has_samples_first else 1
             cost = replace(
                 cost,
                 weight_bits=_with_extra(cost.weight_bits, plan.budget.extra_bit_fraction),
-                activation_entries=timesteps,
-                per_timestep=timesteps > 1,
+                activation_entries=entries,
+                per_timestep=entries > 1,
                 smoothing_channels=_input_channels(entry) if smoothed else 0,
             )
         costs.append(cost)

@@ -117,7 +117,8 @@ def _untie(network: nn.Module, layers: Sequence[str]) -> None:
 def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices) -> None:
     """Give a layer quantizers without a range, with the bits of the bit map.
 
-    Sites outside the budget get static activation scales whatever the method, so that they are the same for all.
+    Sites outside the budget get static activation scales whatever the method, so that they are the same for all; so do
+    sites whose input has not the batch first, since no timestep belongs to their rows.
     """
     if entry.weight_bits != FLOAT_BITS:
         weights = choices.weights.settings
@@ -130,7 +131,7 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
         spec = QuantSpec(
             PerTensor(),
             activations.observer,
-            per_timestep=activations.per_timestep and entry.budgeted,
+            per_timestep=activations.per_timestep and entry.budgeted and entry.site.has_samples_first,
             share_start=activations.share_start,
             round_zero_point=activations.round_zero_point,
         )

@@ -60,6 +60,11 @@ class Site:
         return self.weight_shape[0] if self.weight_shape else 0
 
     @property
+    def has_samples_first(self) -> bool:
+        """Whether dimension 0 of every input is the batch, so that each sample may have a scale of its own."""
+        return all(slot.shape[:1] == (1,) for slot in self.slots)
+
+    @property
     def weight_count(self) -> int:
         """Number of weights."""
         if not self.weight_shape:

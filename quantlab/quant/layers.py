@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.tuning import AdapterSpec
-from quantlab.errors import QuantlabError
 from quantlab.quant.adapter import LowRankAdapter
 
 
@@ -88,10 +87,6 @@ class _Quantized(nn.Module):
             x = (x * reciprocal.view(shape)).to(x.dtype)
         if self.input_quantizer is None:
             return x
-        if timestep is not None and timestep.shape[0] != x.shape[0]:
-            raise QuantlabError(
-                "the timestep must have one value for each sample", got=f"{tuple(timestep.shape)} for {x.shape[0]}"
-            )
         return self.input_quantizer(x, timestep)
 
     def _compute(self, x: Tensor, timestep: Tensor | None) -> Tensor:

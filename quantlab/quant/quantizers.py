@@ -98,6 +98,12 @@ class AffineQuantizer(Quantizer):
         scale, zero_point, quant_max = self.scale, self.zero_point, self.quant_max
         if self.spec.per_timestep:
             assert timestep is not None, "the engine threads the timestep to every layer"
+            if timestep.shape[:1] != x.shape[:1]:
+                raise QuantlabError(
+                    "the timestep must have one value for each sample",
+                    got=f"{tuple(timestep.shape)} for an input of {tuple(x.shape)}",
+                    next_step="set activations.per_timestep to false",
+                )
             index = nearest_index(self.timesteps, timestep)
             scale = per_channel(scale.index_select(0, index), x.dim())
             zero_point = per_channel(zero_point.index_select(0, index), x.dim())

@@ -81,6 +81,12 @@ def assign_bits(
         "plugins": context.versions(*plugins),
     }
     choices = choices_of(recipe, registry)
+    static = [site.name for site in plan.budgeted if not site.has_samples_first]
+    if static and recipe.activations.per_timestep:
+        context.console.warn(
+            f"{arm}: {len(static)} sites get one activation scale for all timesteps, "
+            f"since dimension 0 of their input is not the batch: {', '.join(static)}"
+        )
 
     def compute(folder: Path, progress: Progress) -> None:
         method = AssignMethod(

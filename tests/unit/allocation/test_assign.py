@@ -107,6 +107,30 @@ def test_a_dry_run_tells_the_size_of_a_method_that_does_not_mix() -> None:
     assert planned_cost(toy.plan, float_model, timesteps=4, smoothed=True) == found
 
 
+class Pixelwise(ToyDenoiser):
+    """One layer sees every pixel as a row of its own: its dimension 0 is 36 times the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(12, 12)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        embedding = torch.nn.functional.silu(self.time(timestep.float()[:, None] / 1000))
+        x = self.blocks[0](self.conv_in(sample), embedding)
+        batch, channels, height, width = x.shape
+        rows = self.mix(x.permute(0, 2, 3, 1).reshape(-1, channels))
+        return self.conv_out(rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2))
+
+
+def test_rows_that_are_no_samples_get_a_static_scale() -> None:
+    toy = make_toy(Pixelwise())
+    student, _ = assigned(toy)
+    assert student.layer("blocks.0.conv").input_quantizer.spec.per_timestep
+    assert not student.layer("mix").input_quantizer.spec.per_timestep
+    for batch in (1, 5):
+        assert torch.isfinite(student.run(toy.task.example_inputs(batch))).all()
+
+
 class Tied(ToyDenoiser):
     """Two blocks with one weight."""
 
