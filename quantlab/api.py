@@ -162,7 +162,7 @@ def load_quantized(
     final = folder / method / "finalize"
     if not final.is_dir():
         raise ArtefactError("the run has no such method, or did not finish", where=str(folder), got=method)
-    task = load_task(loaded, device, "float32")
+    task = load_task(loaded, device, str(read_json(folder / "environment.json").get("dtype", "float32")))
     graph = from_json((folder / "capture" / "graph.json").read_text())
     sites = prepare.sites_from_json((folder / "capture" / "sites.json").read_bytes())
     plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin)

@@ -136,6 +136,7 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
             round_zero_point=activations.round_zero_point,
         )
         layer.input_quantizer = choices.activations.build(spec, input_bits)
+    layer.to(layer.weight.device)
 
 
 def restore(student: Student, bit_map: BitMap, choices: QuantizerChoices, state: Mapping[str, Tensor]) -> Student:
@@ -145,7 +146,7 @@ def restore(student: Student, bit_map: BitMap, choices: QuantizerChoices, state:
         layer = student.layer(name)
         install_quantizers(layer, entry, bit_map, choices)
         if f"{name}.smoothing" in state:
-            layer.smoothing = torch.empty_like(state[f"{name}.smoothing"])
+            layer.smoothing = torch.empty_like(state[f"{name}.smoothing"], device=layer.weight.device)
     student.network.load_state_dict(dict(state))
     return student
 

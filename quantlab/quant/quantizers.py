@@ -139,5 +139,6 @@ class AffineQuantizer(Quantizer):
         # A per-timestep table is as long as the calibration had timesteps.
         if self.spec.per_timestep and f"{prefix}scale" in state_dict:
             for name in ("scale", "zero_point", "timesteps"):
-                getattr(self, name).data = torch.empty_like(state_dict[f"{prefix}{name}"])
+                mine = getattr(self, name)
+                mine.data = torch.empty_like(state_dict[f"{prefix}{name}"], device=mine.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[arg-type]

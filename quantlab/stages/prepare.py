@@ -112,7 +112,8 @@ def calibrate(
         save_file(tensors | {"outputs": data.outputs.contiguous()}, folder / "calibration.safetensors")
 
     stage = context.stage("calibrate", "Record calibration data", key, compute, link="calibrate")
-    tensors = load_file(stage.file("calibration.safetensors"))
+    device = next(captured.task.network.parameters()).device
+    tensors = load_file(stage.file("calibration.safetensors"), device=str(device))
     outputs = tensors.pop("outputs")
     inputs = {name.removeprefix("inputs/"): value for name, value in tensors.items()}
     return Calibrated(CalibrationSet(inputs, outputs), stage)

@@ -217,7 +217,8 @@ def _restore(
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter/{name}"])
         prefix = f"optimizer/{name}/"
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        found = ((key, value.to(parameter.device)) for key, value in tensors.items() if key.startswith(prefix))
+        state = {key.removeprefix(prefix): value for key, value in found}
         if state:
             optimizer.state[parameter] = state
     for name in history:

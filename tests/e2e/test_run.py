@@ -130,10 +130,17 @@ def test_devices_and_dtypes_that_are_not_there(option: tuple[str, str], tmp_path
         run(loaded, RunOptions(tmp_path, *option, True, make_console(quiet=True)))
 
 
-def test_bfloat16_runs(tmp_path) -> None:
-    loaded = load_recipe(RECIPE, ["baselines=[]", "method=mse"], profile="smoke")
+def test_half_precision_runs_and_comes_back(tmp_path) -> None:
+    loaded = load_recipe(RECIPE, ["baselines=[]", "method=mpq-dm"], profile="smoke")
     result = run(loaded, RunOptions(tmp_path, "cpu", "bfloat16", False, make_console(quiet=True)))
-    assert result.rows[-1].metrics["accuracy"] is not None
+    full, quantized = result.rows
+    assert quantized.metrics["accuracy"] is not None
+    # What stays float has two bytes; scales and codes are what they are in float32.
+    assert full.size_bytes == 2_228_418
+    assert quantized.smaller > 3
+    assert result.folder is not None
+    again = load_quantized(result.folder)
+    assert next(again.task.network.parameters()).dtype == torch.bfloat16
 
 
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path) -> None:

@@ -14,7 +14,7 @@ from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import make_plan, mean_weight_bits
 from quantlab.allocation.smoothing import SmoothConfig, SmoothPass
-from quantlab.allocation.student import add_adapters, restore
+from quantlab.allocation.student import add_adapters, install_quantizers, restore
 from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy
@@ -77,6 +77,21 @@ def test_a_restored_student_computes_bitwise_the_same() -> None:
     again = restore(toy.student(), bit_map, affine(), student.network.state_dict())
     inputs = toy.task.example_inputs(4)
     assert torch.equal(again.run(inputs), student.run(inputs))
+
+
+def test_everything_lies_where_the_network_does() -> None:
+    """The meta device stands for any that is not the CPU."""
+    toy = make_toy()
+    state = {name: value.to("meta") for name, value in assigned(toy)[0].network.state_dict().items()}
+    toy.task.network.to("meta")
+    restored = restore(toy.student(), toy.plan.nominal(), affine(), state)
+    values = [*restored.network.named_parameters(), *restored.network.named_buffers()]
+    assert {value.device.type for _, value in values} == {"meta"}
+    installed = toy.student()
+    for entry in toy.plan.quantized:
+        install_quantizers(installed.layer(entry.site.name), entry, toy.plan.nominal(), affine())
+    add_adapters(installed, AdapterSpec(2), 0)
+    assert {value.device.type for value in installed.network.state_dict().values()} == {"meta"}
 
 
 def test_teacher_is_not_touched() -> None:
