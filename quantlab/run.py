@@ -11,8 +11,8 @@ from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import Plan, mean_weight_bits
 from quantlab.contracts.model import GenerativeTask
 from quantlab.errors import RecipeError
-from quantlab.plugins import Kind
-from quantlab.quant.accounting import Accounting, FloatModel
+from quantlab.plugins import Kind, Registry
+from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
 from quantlab.recipe.load import LoadedRecipe, for_method
 from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
@@ -99,16 +99,31 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
 
 
 def cell_digest(loaded: LoadedRecipe) -> str:
-    """Hash of everything a run's numbers depend on: the recipe, the plugins' and the stages' versions."""
+    """Hash of everything a run's numbers depend on: recipe, weights, and versions of plugins, stages and accounting."""
     recipe, registry = loaded.recipe, loaded.registry
+    source = registry.find(Kind.MODEL, recipe.model.source).value
+    arms = [for_method(loaded, method) for method in (*recipe.baselines, recipe.method)]
+    versions = [prepare.CAPTURE_VERSION, prepare.CALIBRATE_VERSION, quantize.ASSIGN_VERSION, quantize.TUNE_VERSION]
+    versions += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION, ACCOUNTING_VERSION]
+    return digest_of(
+        {
+            "arms": [arm.model_dump(mode="json") for arm in arms],
+            "plugins": {name: found for arm in arms for name, found in plugin_versions(arm, registry).items()},
+            "weights": source(source.Config()).identity(recipe.model),
+            "versions": versions,
+        }
+    )
+
+
+def plugin_versions(recipe: Recipe, registry: Registry) -> dict[str, JSON]:
+    """The versions of every plugin class that a recipe's numbers depend on."""
     chosen = [(Kind.PASS, choice) for choice in recipe.passes] + [(Kind.POLICY, choice) for choice in recipe.allocate]
     chosen += [(Kind.QUANTIZER, recipe.weights.quantizer), (Kind.QUANTIZER, recipe.activations.quantizer)]
     chosen += [(Kind.LOSS, choice) for choice in recipe.tune.losses]
     chosen += [(Kind.TUNER, recipe.tune.tuner)] if recipe.tune.tuner else []
-    plugins = {f"{kind}/{choice.name}": registry.find(kind, choice.name).value.version for kind, choice in chosen}
-    stages = [prepare.CAPTURE_VERSION, prepare.CALIBRATE_VERSION, quantize.ASSIGN_VERSION, quantize.TUNE_VERSION]
-    stages += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION]
-    return digest_of({"recipe": recipe.model_dump(mode="json"), "plugins": plugins, "stages": stages})
+    names = [(kind, choice.name) for kind, choice in chosen]
+    names += [(Kind.METRIC, name) for name in recipe.evaluate.metrics] + [(Kind.MODEL, recipe.model.source)]
+    return {f"{kind}/{name}": registry.find(kind, name).value.version for kind, name in names}
 
 
 def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:

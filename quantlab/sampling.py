@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
 """The noise prediction [B, C, H, W], guidance included, for inputs ``sample``, ``timestep`` and conditions."""
 
+Noise = torch.Generator | list[torch.Generator] | None
+"""What the noise of eta > 0 is drawn from."""
+
 
 @dataclass(frozen=True)
 class SampleStep:
@@ -78,7 +81,7 @@ class Schedule:
         predict: Predict,
         noise: Tensor,
         conditions: Mapping[str, Tensor],
-        rng: torch.Generator | None = None,
+        rng: Noise = None,
         observe: Observe | None = None,
     ) -> Tensor:
         """Denoise ``noise`` [B, C, H, W] with DDIM (arXiv 2010.02502, equation 12).
@@ -87,7 +90,7 @@ class Schedule:
             predict: the noise prediction.
             noise: x_T.
             conditions: keyword tensors [B, ...] that every step gets.
-            rng: of the noise that eta > 0 adds at every step.
+            rng: of the noise that eta > 0 adds at every step; a list has one for each sample.
             observe: called after every prediction.
 
         Returns:
@@ -102,8 +105,8 @@ class Schedule:
             x = self.step(index, prediction, x, rng)
         return x
 
-    def step(self, index: int, prediction: Tensor, x: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    def step(self, index: int, prediction: Tensor, x: Tensor, rng: Noise = None) -> Tensor:
         """x at the next step from the noise predicted at step ``index``; a pure function but for ``rng``."""
         scheduler = self._scheduler
         timestep = int(scheduler.timesteps[index])
-        return scheduler.step(prediction, timestep, x, eta=self.settings.eta, generator=rng, return_dict=False)[0]
+        return scheduler.step(prediction, timestep, x, eta=self.settings.eta, generator=rng, return_dict=False)[0]  # pyright: ignore[reportArgumentType]

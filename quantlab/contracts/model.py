@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,8 +111,8 @@ class GenerativeTask(Task):
         """The class of each image of an evaluation, int64 [count]."""
 
     @abstractmethod
-    def sample(self, run: Run, noise: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] from initial noise; ``seed`` is of the noise that eta > 0 adds."""
+    def sample(self, run: Run, noise: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] from initial noise; ``seeds`` [B] are of the noise that eta > 0 adds."""
 
     @abstractmethod
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,3 +118,8 @@ class Evaluate(Strict):
     metrics: tuple[str, ...] = ("fid", "fid-to-teacher", "is", "precision-recall", "accuracy", "paired-error")
     noise_seed: int = Field(default=5, ge=0, description="of the initial noise; the same for every method")
     grid: int = Field(default=16, ge=0, description="images in the sample grid")
+
+    @property
+    def noise_seeds(self) -> tuple[int, int]:
+        """Of the noise that every method draws from, and of the float images that FID to the teacher compares with."""
+        return self.noise_seed, self.noise_seed + 1_000_003

@@ -44,7 +44,8 @@ def quality(task: GenerativeTask, run: Run, samples: int, seed: int, progress: P
     features, correct = [], 0
     for start in range(0, samples, BATCH):
         part = slice(start, start + BATCH)
-        found, logits = task.judge(task.sample(run, noise[part], labels[part], seed + start))
+        seeds = range(seed + start, seed + start + len(noise[part]))
+        found, logits = task.judge(task.sample(run, noise[part], labels[part], seeds))
         features.append(found)
         correct += int((logits.argmax(1) == labels[part]).sum())
         progress(min(start + BATCH, samples), samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,9 @@ from quantlab.sampling import SampleStep, Schedule
 from quantlab.store import digest_of, digest_of_file
 from quantlab.zoo import digits
 from quantlab.zoo.train import noise_schedule
+
+JUDGE = "digits-classifier"
+"""The network whose features and classes images are judged by."""
 
 
 class BuiltinConfig(Strict):
@@ -51,6 +54,11 @@ class BuiltinSource:
                 next_step=nearest(model.name, digits.INITIALISATIONS),
             )
         return DigitsTask(model.name, sampling, device, dtype)
+
+    def identity(self, model: Model) -> str:
+        """Hash of the weights of the network and of its judge."""
+        files = (digits.weights_path(name) for name in (model.name, JUDGE))
+        return digest_of([digest_of_file(file) if file.is_file() else "missing" for file in files])
 
 
 class DigitsTask(GenerativeTask):
@@ -131,9 +139,10 @@ class DigitsTask(GenerativeTask):
         """Classes in turn: 0, 1, ..., 9, 0, ..."""
         return torch.arange(count, device=self.device) % digits.NUM_CLASSES
 
-    def sample(self, run: Run, noise: Tensor, labels: Tensor, seed: int) -> Tensor:
+    def sample(self, run: Run, noise: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         """Images [B, 1, 8, 8], clamped to [-1, 1]."""
-        rng = torch.Generator().manual_seed(seed)
+        # A generator for each image, so that an image does not depend on the batch it is drawn in.
+        rng = [torch.Generator().manual_seed(seed) for seed in seeds] if self.schedule.settings.eta else None
         with torch.no_grad():
             conditions = {"class_labels": labels}
             images = self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng)
@@ -148,5 +157,5 @@ class DigitsTask(GenerativeTask):
     def reference(self) -> Reference:
         """All 1,797 scans."""
         images = digits.load_images()[0]
-        digest = digest_of([digest_of_file(digits.weights_path("digits-classifier")), digest_of(images.tolist())])
+        digest = digest_of([digest_of_file(digits.weights_path(JUDGE)), digest_of(images.tolist())])
         return Reference(self.judge(images.to(self.device))[0], "digits: load_digits, 1797 images", digest)

@@ -43,6 +43,10 @@ class MemorySource:
             next_step="call quantlab.quantize(module, batches), or choose another source: quantlab list models",
         )
 
+    def identity(self, model: Model) -> str:
+        """A recipe cannot name a module in memory, so no result file is about one."""
+        raise NotImplementedError
+
 
 Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What a user hands over: the arguments of one forward; dimension 0 of every tensor is the batch."""

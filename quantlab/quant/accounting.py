@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from quantlab.contracts.allocation import FLOAT_BITS
 
+ACCOUNTING_VERSION = 2
+"""Raised when the convention changes, so that sizes by different ones never meet in a table."""
 SCALE_BYTES = 4
 SMOOTHING_BYTES = 4
 FREE_ZERO_POINT_BYTES = 4

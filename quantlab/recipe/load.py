@@ -152,7 +152,15 @@ def _resolve(layers: Layers, registry: Registry) -> tuple[Recipe, Node]:
         method = registry.method(name[0].value, name[0].origin)
         fragment = node_of(method.fragment, f"method {method.name}")
     root = layers.resolve(fragment)
-    return check_plugins(check(Recipe, root), root, registry), root
+    recipe = check_plugins(check(Recipe, root), root, registry)
+    if recipe.seed in recipe.evaluate.noise_seeds:
+        raise RecipeError(
+            "with this seed a method is calibrated on the very noise that it is evaluated with",
+            where=root.reach(("seed",))[0].origin,
+            got=recipe.seed,
+            next_step="choose another seed, or another evaluate.noise_seed",
+        )
+    return recipe, root
 
 
 def _read(path: Path) -> tuple[Node, str]:

@@ -6,7 +6,6 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from quantlab.report.grid import GridRow, save_grid
 from quantlab.report.html import Report, StageLine, save_html
 from quantlab.report.rows import Row, row_to_json
 from quantlab.report.tables import markdown_of
-from quantlab.stages.context import RunContext
+from quantlab.stages.context import RunContext, version_of
 from quantlab.store import JSON
 
 PACKAGES = ("quantlab", "torch", "diffusers", "torchmetrics", "numpy", "safetensors")
@@ -29,12 +28,6 @@ PACKAGES = ("quantlab", "torch", "diffusers", "torchmetrics", "numpy", "safetens
 
 def environment(device: str, dtype: str, seed: int) -> dict[str, JSON]:
     """Versions, machine and seeds: what someone needs to repeat the run."""
-
-    def version_of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
 
     return {
         "python": sys.version.split()[0],

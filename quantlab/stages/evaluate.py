@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from quantlab.allocation.plan import Plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.model import GenerativeTask, Progress, Run
 from quantlab.contracts.sections import Choice, Evaluate, Sampling
+from quantlab.errors import NonFiniteError
 from quantlab.evaluation.samples import SampleSet
 from quantlab.plugins import Kind
 from quantlab.stages.context import RunContext, as_json
@@ -23,8 +25,8 @@ from quantlab.store import JSON, StageFolder, digest_of
 
 REFERENCE_VERSION = 1
 EVALUATE_VERSION = 1
-OTHER_NOISE = 1_000_003
-"""Added to the noise seed for the float images that FID to the teacher compares with."""
+STEP_NOISE = 1_000_000_007
+"""Added to the noise seed and an image's index for the noise that eta > 0 adds to that image."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,28 @@ class Measured:
 
 
 def draw(task: GenerativeTask, run: Run, settings: Evaluate, seed: int, progress: Progress) -> Tensor:
-    """``settings.samples`` images; an image's noise does not depend on the batch it is drawn in."""
+    """``settings.samples`` images; an image's noise does not depend on the batch it is drawn in.
+
+    Raises:
+        NonFiniteError: an image holds NaN or infinity.
+    """
     noise, labels = task.draw_noise(settings.samples, seed), task.labels(settings.samples)
     images = []
     for start in range(0, settings.samples, settings.batch):
         part = slice(start, start + settings.batch)
-        images.append(task.sample(run, noise[part], labels[part], seed + start))
+        seeds = range(seed + STEP_NOISE + start, seed + STEP_NOISE + start + len(noise[part]))
+        images.append(task.sample(run, noise[part], labels[part], seeds))
         progress(min(start + settings.batch, settings.samples), settings.samples)
-    return torch.cat(images).cpu()
+    drawn = torch.cat(images).cpu()
+    broken = int((~torch.isfinite(drawn.flatten(1))).any(1).sum())
+    if broken:
+        raise NonFiniteError(
+            "the model draws images with NaN or infinity",
+            where="evaluate",
+            got=f"{broken} of {len(drawn)} images",
+            next_step="raise the bits of the sites it is most sensitive to (keep), or use --dtype float32",
+        )
+    return drawn
 
 
 def reference(
@@ -82,7 +98,7 @@ def reference(
             return tapped(inputs)[0]  # type: ignore[arg-type]
 
         images = draw(task, run, settings, settings.noise_seed, lambda done, _: progress(done, 2 * count))
-        seed = settings.noise_seed + OTHER_NOISE
+        seed = settings.noise_seeds[1]
         other = draw(task, run, settings, seed, lambda done, _: progress(count + done, 2 * count))
         save_file({"images": images, "other": other}, folder / "images.safetensors")
 
@@ -104,6 +120,7 @@ def evaluate(
     key: dict[str, JSON] = {
         "version": EVALUATE_VERSION,
         "reference": reference_images.stage.digest,
+        "judged_by": task.reference().digest,
         "model": quantized.stage.digest if quantized else "float",
         "metrics": list(settings.metrics),
         "plugins": context.versions(*((Kind.METRIC, choice) for choice in names)),
@@ -127,7 +144,10 @@ def evaluate(
         values: dict[str, float | None] = {}
         for choice in names:
             for name, value in context.registry.create(Kind.METRIC, choice).compute(samples).items():
-                values[name] = value if abs(value) < float("inf") else None
+                if math.isnan(value):
+                    raise NonFiniteError("a metric is not a number", where=f"metric {name}", got=f"{arm}, {value}")
+                # Equal images have an infinite PSNR, which JSON cannot hold.
+                values[name] = value if math.isfinite(value) else None
         (folder / "metrics.json").write_text(json.dumps(values, indent=1))
         save_file({"images": images}, folder / "images.safetensors")
 

@@ -22,8 +22,8 @@ from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
 from quantlab.graph.verify import capture_verified
 from quantlab.matching import match_sites
-from quantlab.stages.context import RunContext, as_json
-from quantlab.store import StageFolder, digest_of
+from quantlab.stages.context import RunContext, as_json, version_of
+from quantlab.store import JSON, StageFolder, digest_of
 
 CAPTURE_VERSION = 1
 CALIBRATE_VERSION = 1
@@ -51,7 +51,15 @@ def fingerprint(task: Task) -> str:
 
 def capture(context: RunContext, task: Task) -> Captured:
     """Capture the network as one verified graph and find its sites."""
-    key = {"version": CAPTURE_VERSION, "weights": fingerprint(task), "torch": torch.__version__}
+    example = task.example_inputs(1)
+    key: dict[str, JSON] = {
+        "version": CAPTURE_VERSION,
+        "weights": fingerprint(task),
+        "network": f"{type(task.network).__module__}.{type(task.network).__qualname__}",
+        "static": {name: repr(value) for name, value in sorted(task.static.items())},
+        "inputs": {name: [str(value.dtype), list(value.shape)] for name, value in sorted(example.items())},
+        "libraries": {name: version_of(name) for name in ("torch", "diffusers")},
+    }
 
     def compute(folder: Path, progress: Progress) -> None:
         graph, sites = capture_sites(task)

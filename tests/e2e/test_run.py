@@ -85,8 +85,8 @@ def test_calibrated_scales_serve_other_numbers_of_steps(finished, steps: int) ->
     task, student = loaded.task, loaded.student
     assert len(task.schedule.timesteps) == steps != 4
     noise, labels = task.draw_noise(20, 2), task.labels(20)
-    images = task.sample(student.run, noise, labels, 0)
-    exact = task.sample(lambda inputs: task.network(**inputs, **task.static)[0], noise, labels, 0)
+    images = task.sample(student.run, noise, labels, range(20))
+    exact = task.sample(lambda inputs: task.network(**inputs, **task.static)[0], noise, labels, range(20))
     assert torch.isfinite(images).all()
     # Two-bit weights after four iterations: far from float, and nearer to it than nothing at all.
     assert (images - exact).square().mean() < exact.square().mean()

@@ -54,11 +54,24 @@ def test_noise_of_an_image_does_not_depend_on_the_number(task: DigitsTask) -> No
     assert torch.equal(task.draw_noise(10, 3)[:4], task.draw_noise(4, 3))
 
 
+def test_an_image_with_added_noise_does_not_depend_on_its_batch() -> None:
+    sampling = Sampling(steps=3, eta=1.0)
+    task = BuiltinSource(BuiltinConfig()).load(Model(name="digits"), sampling, torch.device("cpu"), torch.float32)
+    noise, labels = task.draw_noise(6, 1), task.labels(6)
+
+    def draw(part: slice) -> torch.Tensor:
+        return task.sample(lambda inputs: inputs["sample"] * 0.3, noise[part], labels[part], range(10, 16)[part])
+
+    whole = draw(slice(6))
+    assert torch.equal(torch.cat([draw(slice(2)), draw(slice(2, 6))]), whole)
+    assert not torch.equal(whole[0] - whole[1], noise[0] - noise[1])
+
+
 @pytest.mark.parametrize("name", list(digits.INITIALISATIONS))
 def test_shipped_models_draw_digits(name: str) -> None:
     task = load(name, steps=10)
     labels = task.labels(100)
-    images = task.sample(run_of(task), task.draw_noise(100, 1), labels, 0)
+    images = task.sample(run_of(task), task.draw_noise(100, 1), labels, range(100))
     accuracy = (task.judge(images)[1].argmax(1) == labels).float().mean()
     assert accuracy > 0.9
 

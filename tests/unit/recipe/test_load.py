@@ -17,7 +17,7 @@ budget: {weight_bits: 2, activation_bits: 4}
 def test_each_layer_wins_over_the_one_before(registry, write):
     """base < method < recipe < profile < --set, told apart by one key each."""
     write("tune: {iterations: 1, batch: 1, rank: 1, weight_learning_rate: 1.0}\n", "base.yaml")
-    recipe = write(GOOD + "extends: base\ntune: {batch: 3, rank: 3}\nprofiles: {smoke: {tune: {rank: 4}}}\nseed: 5\n")
+    recipe = write(GOOD + "extends: base\ntune: {batch: 3, rank: 3}\nprofiles: {smoke: {tune: {rank: 4}}}\nseed: 4\n")
     tune = load_recipe(recipe, ["seed=6"], registry, "smoke").recipe.tune
     assert (tune.weight_learning_rate, tune.iterations, tune.batch, tune.rank) == (1.0, 11, 3, 4)
     assert load_recipe(recipe, ["seed=6"], registry).recipe.seed == 6
@@ -231,3 +231,12 @@ def test_a_wrong_fragment_names_its_method(registry, write, monkeypatch):
     with pytest.raises(RecipeError, match=r"^method plain: \"weights\.observer\"") as caught:
         load_recipe(write(GOOD + "baselines: [plain]\n"), (), registry)
     assert 'did you mean "min_max"' in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [5, 1_000_008])
+def test_calibration_never_sees_the_noise_of_the_evaluation(registry, write, seed):
+    path = write(GOOD + f"seed: {seed}\n")
+    with pytest.raises(RecipeError, match="the very noise") as error:
+        load_recipe(path, (), registry)
+    assert f"{path}:" in str(error.value)
+    assert load_recipe(path, ["evaluate.noise_seed=6"], registry).recipe.seed == seed
