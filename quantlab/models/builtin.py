@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -28,6 +28,7 @@ class BuiltinSource:
     name: ClassVar[str] = "builtin"
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
+    models: ClassVar[Collection[str]] = tuple(digits.INITIALISATIONS)
     Config = BuiltinConfig
 
     def __init__(self, config: BuiltinConfig) -> None:
@@ -59,7 +60,7 @@ class DigitsTask(GenerativeTask):
         self.name, self.device, self.dtype = name, device, dtype
         try:
             self.network = digits.load_unet(name)
-            self.network.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]  # diffusers decorates it
+            torch.nn.Module.to(self.network, device=device, dtype=dtype)  # diffusers' own warns about no module at all
             self.classifier = digits.load_classifier().to(device)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,7 @@ class MemorySource:
     name: ClassVar[str] = "memory"
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
+    models: ClassVar[Collection[str]] = ()
     Config = MemoryConfig
 
     def __init__(self, config: MemoryConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantlab.contracts.sections import Model, Sampling
@@ -81,15 +81,32 @@ def test_unknown_names_offer_the_nearest() -> None:
         load("digit-heavy")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
-def test_damaged_weights_say_so(damage: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "digits.safetensors"
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("truncated", "cannot be read"),
+        ("missing", "cannot be read"),
+        ("foreign", "of another model"),
+        ("shape", "of another model\n  got: the first that differs is conv_in.bias"),
+        ("more", "of another model\n  got: the first that differs is extra"),
+        ("nan", "hold NaN or infinity\n  got: conv_in.weight"),
+    ],
+)
+def test_damaged_weights_say_so(damage: str, told: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, sound = tmp_path / "digits.safetensors", load_file(digits.weights_path("digits"))
+    changes = {
+        "shape": {"conv_in.bias": torch.zeros(3)},
+        "more": {"extra": torch.zeros(3)},
+        "nan": {"conv_in.weight": sound["conv_in.weight"] * torch.nan},
+    }
     if damage == "truncated":
         file.write_bytes(digits.weights_path("digits").read_bytes()[:5000])
     elif damage == "foreign":
         save_file({"other": torch.zeros(3)}, file)
+    elif damage != "missing":
+        save_file({**sound, **changes[damage]}, file)
     monkeypatch.setattr(digits, "weights_path", lambda name: file)
-    with pytest.raises(ModelError, match="cannot be read") as error:
+    with pytest.raises(ModelError, match=told) as error:
         load()
     assert str(file) in str(error.value)
 
