@@ -93,5 +93,5 @@ def unforeseen(error: Exception) -> QuantlabError:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """A next step that offers the closest of the known names, or None when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else None

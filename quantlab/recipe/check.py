@@ -115,7 +115,7 @@ def _recipe_error(
     text = " or ".join(dict.fromkeys(_told(error) for error in errors))
     words = re.findall(r"'([^']+)'", " ".join(str(error.get("ctx", {}).get("expected", "")) for error in errors))
     return RecipeError(
-        f'"{dotted}" {text}',
+        f'"{dotted}" {text}' if dotted else f"this {text}",
         where=node.origin,
         got=_short(node.plain),
         next_step=nearest(node.value, words) if isinstance(node.value, str) else None,

@@ -139,8 +139,29 @@ def test_batches_are_named_by_the_forward() -> None:
         ([{"x": torch.ones(2, 3)}, {"t": torch.ones(2)}], "same inputs"),
         ([(torch.ones(2, 3), torch.ones(3))], "dimension 0"),
         ([(torch.ones(2, 3), torch.ones(2)), (torch.ones(2, 4), torch.ones(2))], "more than their size"),
+        ([(torch.ones(0, 3), torch.ones(0))], "no batch"),
+        (torch.ones(2, 3), "a list of batches\n  got: Tensor"),
+        (None, "a list of batches"),
+        ([3], "does not fit"),
+        ([{"x": torch.ones(2, 3), "t": 3}], "must be a tensor\n  got: {'t': 'int'}"),
+        ([(torch.ones(2, 7), torch.ones(2))], r"fails on the batches: RuntimeError: (.|\n)*x torch.float32 \[2, 7\]"),
+        ([(torch.ones(2, 3).double(), torch.ones(2))], "fails on the batches"),
+        ([{"x": torch.ones(2, 3)}], "fails on the batches: TypeError"),
+        ([{"x": torch.ones(2, 3), "t": torch.ones(2), "z": torch.ones(2)}], "fails on the batches: TypeError"),
     ],
 )
 def test_bad_batches(batches: list, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        ModuleTask(Net(), batches)
+        ModuleTask(Net().eval(), batches)
+
+
+def test_what_is_no_module_or_returns_no_tensor_is_told() -> None:
+    class Silent(Net):
+        def forward(self, x, t):
+            return {"out": super().forward(x, t)}
+
+    batches = [(torch.ones(2, 3), torch.ones(2))]
+    with pytest.raises(ModelError, match=r"no torch\.nn\.Module"):
+        ModuleTask(lambda x, t: x, batches)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"must return a tensor(.|\n)*got: dict"):
+        ModuleTask(Silent().eval(), batches)
