@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from quantlab.contracts.config import Strict
-from quantlab.errors import QuantlabError, RecipeError
+from quantlab.errors import ArtefactError, QuantlabError, RecipeError, unforeseen
 from quantlab.plugins import Registry
+from quantlab.recipe.check import check
 from quantlab.recipe.find import find_recipe, recipe_name
 from quantlab.recipe.layers import read_yaml
 from quantlab.recipe.load import LoadedRecipe, load_recipe
@@ -92,7 +93,13 @@ def cells(bench_path: Path, registry: Registry) -> list[Cell]:
         for combination in itertools.product(*matrix.values()):
             values = dict(zip(matrix, combination, strict=True))
             overrides = [f"{key}={json.dumps(value)}" for key, value in {**bench_file.set, **values}.items()]
-            loaded = load_recipe(find_recipe(bench_file.recipe, bench_path.parent), overrides, registry)
+            try:
+                loaded = load_recipe(find_recipe(bench_file.recipe, bench_path.parent), overrides, registry)
+            except RecipeError as error:
+                where = f"{bench_path}: {error.where}" if error.where else str(bench_path)
+                raise RecipeError(
+                    error.what, where=where, got=error.got, allowed=error.allowed, next_step=error.next_step
+                ) from error
             found.setdefault(cell_digest(loaded), Cell(values, loaded))
     return list(found.values())
 
@@ -109,14 +116,23 @@ def bench(
     bench goes on where it was and committed results are never computed again.
     """
     path = find_recipe(name)
-    folder = Path(read_bench(path).results)
-    folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[Mapping[str, object], Row]] = []
     failures: dict[str, str] = {}
     wanted = [text.partition("=") for text in only]
-    todo = [cell for cell in cells(path, registry) if all(_short(cell.values.get(k, "")) == v for k, _, v in wanted)]
+    known = cells(path, registry)
+    todo = [cell for cell in known if all(_short(cell.values.get(key, "")) == value for key, _, value in wanted)]
     if not todo:
-        raise RecipeError("no cell of the bench fits", where="--only", got=", ".join(only))
+        keys = dict.fromkeys(key for cell in known for key in cell.values)
+        raise RecipeError(
+            "no cell of the bench fits",
+            where="--only" if only else str(path),
+            got=", ".join(only) or None,
+            allowed=f"KEY=VALUE with a key among {', '.join(keys)}"
+            if keys
+            else "matrices with at least one value a key",
+        )
+    folder = Path(read_bench(path).results)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for index, cell in enumerate(todo, 1):
         file = folder / f"{cell.slug}-{cell_digest(cell.loaded)}.json"
@@ -124,17 +140,25 @@ def bench(
         if not file.exists():
             try:
                 result = run(cell.loaded, RunOptions(runs_dir, "cpu", "float32", False, console))
-            except QuantlabError as error:
-                failures[cell.title] = str(error)
-                console.warn(f"{cell.title} failed: {error}")
+            except Exception as error:
+                failures[cell.title] = str(error if isinstance(error, QuantlabError) else unforeseen(error))
+                console.warn(f"{cell.title} failed: {failures[cell.title]}")
                 continue
             record = {"values": dict(cell.values), "rows": [row_to_json(row) for row in result.rows]}
             atomic_write_json(file, record)
-        content = read_json(file)
-        rows += [(cell.values, row_from_json(row)) for row in content["rows"]]  # type: ignore[union-attr]
+        rows += [(cell.values, row) for row in _read_rows(file)]
     result = BenchResult(folder, rows, failures)
     atomic_write_text(folder / "summary.md", f"# {recipe_name(path)}\n\n{result.table()}\n")
     return result
+
+
+def _read_rows(file: Path) -> list[Row]:
+    found = read_json(file).get("rows")
+    if not isinstance(found, list):
+        raise ArtefactError(
+            "this is no result of a bench", where=str(file), next_step="delete it, to run its cell again"
+        )
+    return [row_from_json(row, str(file)) for row in found]
 
 
 def _short(value: object) -> str:
@@ -143,15 +167,10 @@ def _short(value: object) -> str:
 
 
 def read_bench(path: Path) -> BenchFile:
-    """A bench file; raises RecipeError with the key that is wrong."""
+    """A bench file; raises RecipeError with the line and the key that is wrong."""
     node, _ = read_yaml(path)
-    try:
-        return BenchFile.model_validate(node.plain)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+    if not node.reach(("matrices",))[1]:
         raise RecipeError(
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-            where=str(path),
-            got=first["input"],
-            next_step="a bench has version, recipe, set, matrices and results",
-        ) from error
+            "this is no bench: it has no matrices", where=str(path), next_step=f"quantlab run {recipe_name(path)}"
+        )
+    return check(BenchFile, node)

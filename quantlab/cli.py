@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantlab.errors import QuantlabError
+from quantlab.errors import QuantlabError, RecipeError, unforeseen
 
 if TYPE_CHECKING:
     from quantlab.recipe.load import LoadedRecipe
@@ -51,12 +52,16 @@ def told(verbose: bool = False) -> Iterator[None]:
     """Turn errors into one message and an exit code; with ``verbose``, the traceback as well."""
     try:
         yield
-    except QuantlabError as error:
+    except BrokenPipeError:
+        raise  # whoever reads has left, as ``head`` does: typer ends quietly
+    except Exception as error:
         if verbose:
             traceback.print_exc()
-        _leave(f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
-        _leave("stopped; the same command goes on after the last finished stage or checkpoint", INTERRUPTED)
+        known = error if isinstance(error, QuantlabError) else unforeseen(error)
+        _leave(f"error: {known}", known.exit_code)
+    except KeyboardInterrupt as stop:
+        code = stop.args[0] if stop.args else INTERRUPTED
+        _leave("stopped; the same command goes on after the last finished stage or checkpoint", code)
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -122,9 +127,10 @@ def _as_json(result: RunResult) -> str:
 def list_names(
     kind: Annotated[str | None, typer.Argument(help="methods, policies, ..., recipes; everything without it")] = None,
     plugins: PluginOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
 ) -> None:
     """List what a recipe can choose from."""
-    with told():
+    with told(verbose):
         from quantlab.plugins import load_registry
         from quantlab.recipe.catalogue import catalogue
 
@@ -144,12 +150,22 @@ def show(
     """Show a recipe, the sites of its model, or one name of a kind: show policy uniform."""
     with told(verbose):
         if name is None:
+            _needs_no_name(what)
             loaded = _load(what, overrides, plugins, profile)
             print(_resolved(loaded) if resolved else loaded.text)
         elif what == "sites":
             print(_sites(_load(name, overrides, plugins, profile)))
         else:
             print(_described(what, name, plugins))
+
+
+def _needs_no_name(what: str) -> None:
+    from quantlab.plugins import Kind
+
+    kind = next((kind for kind in Kind if what in (kind.value, kind.plural)), None)
+    if kind or what == "sites":
+        known = f"the names: quantlab list {kind.plural if kind else 'recipes'}"
+        raise RecipeError(f'"{what}" needs a name after it', next_step=f"quantlab show {what} NAME; {known}")
 
 
 def _resolved(loaded: LoadedRecipe) -> str:
@@ -186,16 +202,19 @@ def validate(
 
 
 @runs_app.callback()
-def runs(context: typer.Context, runs_dir: RunsOption = RUNS) -> None:
+def runs(context: typer.Context, runs_dir: RunsOption = RUNS, verbose: VerboseOption = False) -> None:
     """List run folders: recipe, time, state, size."""
     context.obj = runs_dir
     if context.invoked_subcommand is None:
-        with told():
+        with told(verbose):
             from quantlab.store import list_runs
 
-            for record in list_runs(runs_dir):
+            records = list_runs(runs_dir)
+            for record in records:
                 state = "complete" if record.complete else "unfinished"
                 print(f"{record.path}  {record.created}  {state}  {record.size_bytes / 2**20:.1f} MiB")
+            if not records:
+                print(f"no runs in {runs_dir}", file=sys.stderr)
 
 
 @runs_app.command()
@@ -203,20 +222,24 @@ def clean(
     context: typer.Context,
     everything: Annotated[bool, typer.Option("--all", help="all stored stages, and the runs themselves")] = False,
     runs_dir: Annotated[Path | None, typer.Option("--runs-dir", help="where run folders are written")] = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Delete stored stages that no run links to, and damaged ones."""
-    with told():
+    with told(verbose):
         from quantlab.store import clean_runs
 
-        for path in clean_runs(runs_dir or context.obj, everything=everything):
+        deleted = clean_runs(runs_dir or context.obj, everything=everything)
+        for path in deleted:
             print(f"deleted {path}")
+        if not deleted:
+            print(f"nothing to delete in {runs_dir or context.obj}", file=sys.stderr)
 
 
 @app.command()
 def sample(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
     number: Annotated[int, typer.Option("--number", min=1, help="how many images")] = 16,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of the initial noise")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="of the initial noise")] = 0,
     output: Annotated[Path, typer.Option("--output", help="the PNG file to write")] = Path("samples.png"),
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="denoising steps; the run's own without it")
@@ -247,16 +270,20 @@ def bench(
         from quantlab.report.console import make_console
 
         console = make_console(verbose=verbose, quiet=quiet)
-        print(run_bench(recipe, load_registry(plugins), runs_dir, console, only).table())
+        result = run_bench(recipe, load_registry(plugins), runs_dir, console, only)
+        print(result.table())
+    if result.failures:
+        raise typer.Exit(1)
 
 
 @zoo_app.command("train")
 def zoo_train(
     name: Annotated[str, typer.Argument(help="digits, digits-heavy or digits-classifier")],
     output: Annotated[Path, typer.Option("--output", help="folder for the weights")] = Path("zoo"),
+    verbose: VerboseOption = False,
 ) -> None:
     """Train a model that ships once more; five to eight minutes on one core."""
-    with told():
+    with told(verbose):
         from quantlab.zoo.train import train
 
         print(train(name, output, _log))
@@ -267,9 +294,10 @@ def zoo_check(
     name: Annotated[str, typer.Argument(help="digits or digits-heavy")],
     samples: Annotated[int, typer.Option("--samples", min=200, help="how many images to draw")] = 3000,
     steps: Annotated[int, typer.Option("--steps", min=1, help="denoising steps")] = 20,
+    verbose: VerboseOption = False,
 ) -> None:
     """Measure a model that ships against the data, beside what real images give."""
-    with told():
+    with told(verbose):
         from quantlab.api import check_zoo
 
         print(check_zoo(name, samples, steps))
@@ -280,6 +308,14 @@ def _log(iteration: int, iterations: int, loss: float) -> None:
         print(f"{iteration}/{iterations}  loss {loss:.4f}", file=sys.stderr)
 
 
+def _stop(number: int, frame: object) -> NoReturn:
+    """End as after Ctrl-C, so that nothing half-written stays, with the signal's own exit code."""
+    raise KeyboardInterrupt(128 + number)
+
+
 def main() -> None:
     """Entry point of the ``quantlab`` command."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _stop)
     app()

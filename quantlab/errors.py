@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -67,7 +68,30 @@ class NonFiniteError(QuantlabError):
     """A tensor holds NaN or infinity; the message names the first site where it does."""
 
 
+def unforeseen(error: Exception) -> QuantlabError:
+    """What an error that nobody caught means to a person: a refusal of the machine, or a defect and its place."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError):
+        return QuantlabError(
+            error.strerror or reason,
+            where=str(error.filename) if error.filename else None,
+            next_step="check the path, its permissions and the space on its disk",
+        )
+    if isinstance(error, MemoryError) or "allocate memory" in reason or "out of memory" in reason:
+        return QuantlabError(
+            "the memory is not enough",
+            got=reason,
+            next_step="lower the recipe's batches, evaluate.samples or calibrate.trajectories",
+        )
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return QuantlabError(
+        f"{type(error).__name__}: {reason}",
+        where=f"{frame.filename}:{frame.lineno}",
+        next_step="nobody foresaw this: the same command with -v shows the whole way there",
+    )
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """A next step that offers the closest of the known names, or None when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else None

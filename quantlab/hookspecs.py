@@ -63,7 +63,8 @@ def quantlab_models() -> Iterable[type]:  # type: ignore[empty-body]
     """Model sources: where a recipe's ``model.source`` leads.
 
     The engine calls ``load`` of the class with the model's name and the recipe's sampling section, and gets the task:
-    the network with its inputs, its calibration and its evaluation.
+    the network with its inputs, its calibration and its evaluation. A class that lists its models in ``models`` has a
+    recipe's name checked when the recipe is read.
     """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 GROUP = "quantlab"
 """The entry point group of plugins."""
 TRACE_VARIABLE = "QUANTLAB_TRACE_PLUGINS"
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 class Kind(StrEnum):
@@ -102,7 +104,7 @@ class Registry:
         """
         if kind not in self._entries:
             found: dict[str, Entry] = {}
-            for origin, value in self._collect(_HOOKS[kind]):
+            for origin, value in self._collect(kind):
                 entry = Entry(kind, value.name, value, origin)
                 known = found.setdefault(entry.name, entry)
                 if known.value is not value:
@@ -170,8 +172,9 @@ class Registry:
             except Exception as error:
                 warn(f"{origin}: its listener failed: {_reason(error)}")
 
-    def _collect(self, hook: str) -> Iterable[tuple[str, Any]]:
-        """What each plugin returns from a hook; one that fails, or returns something else, is set aside."""
+    def _collect(self, kind: Kind) -> Iterable[tuple[str, Any]]:
+        """What each plugin returns for a kind; one that fails, or returns something else, is set aside."""
+        hook = _HOOKS[kind]
         for plugin, origin in _plugins(self.manager):
             try:
                 values = [value for returned in _call(self.manager, plugin, hook) for value in returned]
@@ -179,10 +182,11 @@ class Registry:
                 self.broken.append(Broken(origin, f"{hook} failed: {_reason(error)}"))
                 continue
             for value in values:
-                if isinstance(getattr(value, "name", None), str):
+                lacking = _lacking(kind, value)
+                if lacking is None:
                     yield origin, value
                 else:
-                    self.broken.append(Broken(origin, f"{hook} returned {value!r}, which has no name"))
+                    self.broken.append(Broken(origin, f"{hook} returned {value!r}, which {lacking}"))
 
 
 def load_registry(paths: Sequence[str | Path] = ()) -> Registry:
@@ -271,6 +275,25 @@ def _load_folder(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _lacking(kind: Kind, value: object) -> str | None:
+    """What keeps a hook's answer from being used, as the end of a sentence; None for nothing."""
+    from pydantic import BaseModel
+
+    from quantlab.contracts.method import Method
+
+    name = getattr(value, "name", None)
+    if not isinstance(name, str):
+        return "has no name"
+    if not _NAME.fullmatch(name):
+        return "has a name that is not letters, digits, dots and dashes"  # a folder is named after it
+    if kind is Kind.METHOD:
+        return None if isinstance(value, Method) else "is no quantlab.Method"
+    config = getattr(value, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, BaseModel)):
+        return "has no Config of its options"
+    return None if isinstance(getattr(value, "version", None), int) else "has no version, an integer"
 
 
 def _origin(entry: EntryPoint) -> str:

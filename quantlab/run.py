@@ -83,7 +83,8 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     measured = evaluate.evaluate(context, task, reference, None, recipe.evaluate, "float")
     rows = [float_row(recipe, measured, float_model, protocol)]
     images = [(FULL_PRECISION, measured.images)]
-    for method in (*recipe.baselines, recipe.method):
+    baselines = [name for name in dict.fromkeys(recipe.baselines) if name != recipe.method]
+    for method in (*baselines, recipe.method):
         arm = for_method(loaded, method)
         plan = prepare.plan(captured.sites, arm.keep, arm.budget, loaded.origin)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
@@ -127,16 +128,21 @@ def plugin_versions(recipe: Recipe, registry: Registry) -> dict[str, JSON]:
 
 
 def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:
-    """The recipe's model as a task; raises RecipeError for a device or dtype that is not there."""
+    """The recipe's model as a task; raises RecipeError for a device, dtype or model that is not there."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise RecipeError("there is no such dtype", where="--dtype", got=dtype, allowed=", ".join(kinds))
     try:
         place = torch.device(device)
-        torch.zeros(1, device=place)
+        torch.zeros(1, device=place).item()  # the meta device has no values
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError("the device cannot be used", where="--device", got=f"{device} ({reason})") from error
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise RecipeError(
+            "the device cannot be used",
+            where="--device",
+            got=f"{device} ({reason})",
+            allowed="cpu, or cuda, cuda:1, ... on a machine and a torch that have it",
+        ) from error
     source = loaded.registry.find(Kind.MODEL, loaded.recipe.model.source).value
     return source(source.Config()).load(loaded.recipe.model, loaded.recipe.sampling, place, kinds[dtype])
 

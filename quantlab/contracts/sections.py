@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 from quantlab.contracts.config import Strict
 from quantlab.contracts.quant import Observer
 
+MAX_SEED = 2**62
+"""Torch's generators take 64 bits; evaluation adds to its seed."""
+
 
 class Choice(Strict):
     """A plugin by name, with its options. In YAML: ``name`` or ``{name: {option: value}}``."""
@@ -116,7 +119,7 @@ class Evaluate(Strict):
     samples: int = Field(default=1000, ge=2)
     batch: int = Field(default=250, ge=1)
     metrics: tuple[str, ...] = ("fid", "fid-to-teacher", "is", "precision-recall", "accuracy", "paired-error")
-    noise_seed: int = Field(default=5, ge=0, description="of the initial noise; the same for every method")
+    noise_seed: int = Field(default=5, ge=0, le=MAX_SEED, description="of the initial noise; the same for every method")
     grid: int = Field(default=16, ge=0, description="images in the sample grid")
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,7 @@ class BuiltinSource:
     name: ClassVar[str] = "builtin"
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
+    models: ClassVar[Collection[str]] = tuple(digits.INITIALISATIONS)
     Config = BuiltinConfig
 
     def __init__(self, config: BuiltinConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,7 @@ class MemorySource:
     name: ClassVar[str] = "memory"
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
+    models: ClassVar[Collection[str]] = ()
     Config = MemoryConfig
 
     def __init__(self, config: MemoryConfig) -> None:
@@ -70,8 +71,14 @@ class ModuleTask(Task):
     def __init__(self, network: nn.Module, batches: Iterable[Batch], timestep_input: str | None = None) -> None:
         self.network = network
         self.static: Mapping[str, object] = {}
+        if not isinstance(network, nn.Module):
+            raise ModelError("this is no torch.nn.Module", where="module", got=type(network).__name__)
+        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+            raise ModelError(
+                "batches are a list of batches", where="batches", got=type(batches).__name__, next_step="write [batch]"
+            )
         named = [_named(network, batch) for batch in batches]
-        if not named:
+        if not any(value.numel() for batch in named for value in batch.values()):
             raise ModelError("no batch was given", where="batches", next_step="pass at least one batch of inputs")
         if any(batch.keys() != named[0].keys() for batch in named):
             raise ModelError("every batch must have the same inputs", where="batches")
@@ -84,6 +91,28 @@ class ModuleTask(Task):
             raise ModelError("dimension 0 of every input must be the batch", where="batches", got=sizes)
         guesses = [name for name in TIMESTEP_NAMES if name in self._inputs]
         self.timestep_input = timestep_input or (guesses[0] if guesses else None)
+        if not network.training:  # a call in training mode would change its statistics
+            self._try_out()
+
+    def _try_out(self) -> None:
+        """Call the module once, so that what does not fit is told before anything is computed."""
+        try:
+            with torch.no_grad():
+                output = self.network(**self.example_inputs(1))
+        except Exception as error:
+            raise ModelError(
+                f"the module fails on the batches: {type(error).__name__}: {error}",
+                where=type(self.network).__name__,
+                got=", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in self._inputs.items()),
+                next_step="call it on one batch yourself: names, shapes, dtype and device must fit",
+            ) from error
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if not isinstance(first, Tensor):
+            raise ModelError(
+                "the module must return a tensor, or a tuple that begins with one",
+                where=type(self.network).__name__,
+                got=type(output).__name__,
+            )
 
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
         """The first rows of the batches, repeated when there are too few."""
@@ -111,13 +140,17 @@ class ModuleTask(Task):
 
 def _named(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """A batch as keyword tensors of the module's forward."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    arguments = (batch,) if isinstance(batch, Tensor) else tuple(batch)
     try:
-        bound = inspect.signature(network.forward).bind(*arguments)
+        if isinstance(batch, Mapping):
+            named = dict(batch)
+        else:
+            arguments = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            named = inspect.signature(network.forward).bind(*arguments).arguments
     except TypeError as error:
         raise ModelError(
             "a batch does not fit the module's forward", where=type(network).__name__, got=error
         ) from error
-    return dict(bound.arguments)
+    foreign = {name: type(value).__name__ for name, value in named.items() if not isinstance(value, Tensor)}
+    if foreign:
+        raise ModelError("every input of the module must be a tensor", where="batches", got=foreign)
+    return dict(named)

@@ -14,15 +14,13 @@ from quantlab.recipe.find import packaged_recipes
 RECIPES = "recipes"
 
 
-def kind_of(word: str) -> Kind:
-    """The kind that a word on the command line means: "policy" or "policies"."""
+def kind_of(word: str, *others: str) -> Kind:
+    """The kind that a word on the command line means: "policy" or "policies"; ``others`` are also offered."""
     for kind in Kind:
         if word in (kind.value, kind.plural):
             return kind
-    words = [kind.plural for kind in Kind]
-    raise RecipeError(
-        f'there is no kind "{word}"', allowed=", ".join([*words, RECIPES]), next_step=nearest(word, [*words, RECIPES])
-    )
+    words = [*(kind.plural for kind in Kind), *others]
+    raise RecipeError(f'there is no kind "{word}"', allowed=", ".join(words), next_step=nearest(word, words))
 
 
 def catalogue(registry: Registry, word: str | None = None) -> str:
@@ -30,7 +28,7 @@ def catalogue(registry: Registry, word: str | None = None) -> str:
 
     Plugins that could not be loaded stand at the end.
     """
-    kinds = list(Kind) if word is None else [] if word == RECIPES else [kind_of(word)]
+    kinds = list(Kind) if word is None else [] if word == RECIPES else [kind_of(word, RECIPES)]
     parts = [
         _section(kind.plural, [(e.name, _summary(e), e.origin) for e in registry.entries(kind).values()])
         for kind in kinds

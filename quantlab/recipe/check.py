@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -22,7 +22,7 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def check(model: type[AnyModel], root: Node, at: KeyPath = (), value: object = None) -> AnyModel:
-    """Validate against a pydantic model.
+    """Validate against a pydantic model, without turning text or true into a number.
 
     Args:
         model: the model class.
@@ -34,7 +34,8 @@ def check(model: type[AnyModel], root: Node, at: KeyPath = (), value: object = N
         RecipeError: what is wrong, with its file and line, the value, what is allowed and the nearest spelling.
     """
     try:
-        return model.model_validate(root.reach(at)[0].plain if value is None else value)
+        given = root.reach(at)[0].plain if value is None else value
+        return model.model_validate_json(json.dumps(given), strict=True)  # of JSON: a list may become a tuple
     except ValidationError as error:
         # A misspelt key is also a missing one: the key that is there comes first.
         errors = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
@@ -80,6 +81,19 @@ def check_plugins(recipe: Recipe, root: Node, registry: Registry) -> Recipe:
     )
 
 
+def check_model(recipe: Recipe, root: Node, registry: Registry) -> None:
+    """Raise RecipeError for a model that its source, where it can tell, does not have."""
+    source = registry.find(Kind.MODEL, recipe.model.source).value
+    known: Collection[str] | None = getattr(source, "models", None)
+    if known is not None and recipe.model.name not in known:
+        raise RecipeError(
+            f'the source "{recipe.model.source}" has no model "{recipe.model.name}"',
+            where=root.reach(("model", "name"))[0].origin,
+            allowed=", ".join(known) or "none in a recipe",
+            next_step=nearest(recipe.model.name, known),
+        )
+
+
 def _recipe_error(
     model: type[BaseModel], root: Node, at: KeyPath, place: KeyPath, errors: list[ErrorDetails]
 ) -> RecipeError:
@@ -101,15 +115,26 @@ def _recipe_error(
     text = " or ".join(dict.fromkeys(_told(error) for error in errors))
     words = re.findall(r"'([^']+)'", " ".join(str(error.get("ctx", {}).get("expected", "")) for error in errors))
     return RecipeError(
-        f'"{dotted}" {text}',
+        f'"{dotted}" {text}' if dotted else f"this {text}",
         where=node.origin,
         got=_short(node.plain),
         next_step=nearest(node.value, words) if isinstance(node.value, str) else None,
     )
 
 
+_KINDS = {
+    "tuple_type": "should be a list",
+    "list_type": "should be a list",
+    "model_type": "should be a mapping of keys to values",
+    "dict_type": "should be a mapping of keys to values",
+}
+"""What pydantic calls arrays and objects."""
+
+
 def _told(error: ErrorDetails) -> str:
     """Pydantic's words as the end of a sentence that begins with the key."""
+    if error["type"] in _KINDS:
+        return _KINDS[error["type"]]
     text = error["msg"].removeprefix("Value error, ")
     return text.removeprefix("Input ") if text.startswith("Input ") else f"is wrong: {text}"
 

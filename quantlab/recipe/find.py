@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
     """
     for folder in (beside or Path(), packaged_folder()):
         for candidate in (folder / name, folder / f"{name}{SUFFIX}"):
-            if candidate.is_file():
+            if os.path.isfile(candidate):  # unlike Path.is_file, false for a name that is too long
                 return candidate
     raise RecipeError(
         f'there is no recipe "{name}"',

@@ -109,7 +109,7 @@ def replace(node: Node, path: Sequence[str], new: Node, above: KeyPath = ()) -> 
     key, rest, here = path[0], path[1:], (*above, path[0])
     match node.value:
         case list() | tuple() as items:
-            if not key.isdecimal() or int(key) > len(items):
+            if not (key.isascii() and key.isdecimal()) or int(key) > len(items):
                 raise RecipeError(
                     f'"{key}" is no index of this list', where=new.origin, allowed=f"0 to {len(items)} (appends)"
                 )
@@ -134,7 +134,10 @@ def read_yaml(path: Path) -> tuple[Node, str]:
     except OSError as error:
         raise RecipeError(f"cannot read the file: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
-        raise RecipeError("this is not a text file", where=str(path), next_step="give a YAML file") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            "this is not a text file in UTF-8", where=f"{path}:{line}", next_step="give a YAML file"
+        ) from error
     node = parse_yaml(text, str(path))
     if not isinstance(node.value, Mapping):
         kind = "empty" if node.value is None else "not a mapping of keys to values"
@@ -146,10 +149,11 @@ def parse_yaml(text: str, where: str, *, numbered: bool = True) -> Node:
     """Parse YAML 1.2 text; origins are ``where:line``, or ``where`` alone when not ``numbered``."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.reader import ReaderError
 
     yaml = YAML(typ="safe", pure=True)
     try:
-        _refuse_features(yaml, text, where)
+        _refuse_features(yaml, text, where, numbered)
         root = yaml.compose(text)
         return Node(None, where) if root is None else _from_yaml(yaml, root, where, numbered)
     except MarkedYAMLError as error:
@@ -160,17 +164,23 @@ def parse_yaml(text: str, where: str, *, numbered: bool = True) -> Node:
             where=f"{where}:{line}" if numbered else where,
             next_step="indent with spaces, not tabs" if tab else None,
         ) from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"this is not YAML: the character {text[error.position]!r} is not allowed",
+            where=f"{where}:{line}" if numbered else where,
+        ) from error
     except YAMLError as error:
         raise RecipeError("this is not YAML text", where=where) from error
 
 
-def _refuse_features(yaml: YAML, text: str, where: str) -> None:
+def _refuse_features(yaml: YAML, text: str, where: str, numbered: bool) -> None:
     """Refuse tags, which could stand for code, anchors, for which recipes have ``extends``, and endless nesting."""
     from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
     depth = 0
     for event in yaml.parse(text):
-        mark = f"{where}:{event.start_mark.line + 1}"
+        mark = f"{where}:{event.start_mark.line + 1}" if numbered else where
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise RecipeError(f"values are nested more than {MAX_DEPTH} deep", where=mark)
@@ -191,7 +201,10 @@ def _from_yaml(yaml: YAML, node: YamlNode, where: str, numbered: bool) -> Node:
     if isinstance(node, SequenceNode):
         return Node([_from_yaml(yaml, child, where, numbered) for child in node.value], origin)
     kind = node.tag.rpartition(":")[2]
-    value = yaml.constructor.construct_object(node) if kind in ("int", "float", "bool", "null") else node.value
+    try:
+        value = yaml.constructor.construct_object(node) if kind in ("int", "float", "bool", "null") else node.value
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise RecipeError("this number cannot be read", where=origin, got=f"{node.value[:20]}...") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError("a number must be finite", where=origin, got=node.value)
     return Node(value, origin)

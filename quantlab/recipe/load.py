@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quantlab.errors import RecipeError, nearest
 from quantlab.plugins import Registry, load_registry
-from quantlab.recipe.check import check, check_plugins, short_form
+from quantlab.recipe.check import check, check_model, check_plugins, short_form
 from quantlab.recipe.find import find_recipe, recipe_name
 from quantlab.recipe.layers import KeyPath, Node, merge, node_of, parse_yaml, read_yaml, replace, without
 from quantlab.recipe.schema import SCHEMA_VERSION, Recipe
@@ -160,6 +160,7 @@ def _resolve(layers: Layers, registry: Registry) -> tuple[Recipe, Node]:
             got=recipe.seed,
             next_step="choose another seed, or another evaluate.noise_seed",
         )
+    check_model(recipe, root, registry)
     return recipe, root
 
 
@@ -167,9 +168,13 @@ def _read(path: Path) -> tuple[Node, str]:
     """A recipe file; its version is looked at first, since another version has other keys."""
     node, text = read_yaml(path)
     version, found = node.reach(("version",))
-    if found and version.value != SCHEMA_VERSION:
+    if found and (version.value != SCHEMA_VERSION or type(version.value) is not int):
         raise RecipeError(
-            f"this quantlab reads recipes of version {SCHEMA_VERSION}", where=version.origin, got=version.value
+            f"this quantlab reads recipes of version {SCHEMA_VERSION}", where=version.origin, got=repr(version.plain)
+        )
+    if node.reach(("matrices",))[1]:
+        raise RecipeError(
+            "this is a bench, not a recipe", where=str(path), next_step=f"quantlab bench {recipe_name(path)}"
         )
     return node, text
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from quantlab.contracts.config import Strict
 from quantlab.contracts.sections import (
+    MAX_SEED,
     Activations,
     Budget,
     Calibrate,
@@ -28,7 +29,7 @@ class Recipe(Strict):
     """One job: a model, a method, a budget, and how it is measured."""
 
     version: Literal[1]
-    name: str = ""
+    name: str = Field(default="", max_length=200, description="the folder of its runs, inside --runs-dir")
     model: Model
     method: str = Field(description="a method fragment by name; the recipe's own keys override it")
     baselines: tuple[str, ...] = Field(default=(), description="methods that run beside it, as further rows")
@@ -43,4 +44,11 @@ class Recipe(Strict):
     inputs_from: InputsFrom = InputsFrom.TEACHER
     tune: Tune = Tune()
     evaluate: Evaluate = Evaluate()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+    @field_validator("name")
+    @classmethod
+    def _stays_in_its_folder(cls, name: str) -> str:
+        if not name.isprintable() or (name and {"", ".", "..", ".store"} & set(name.split("/"))):
+            raise ValueError('a name is words with "/" between them, without "." and ".."')
+        return name

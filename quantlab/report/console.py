@@ -14,6 +14,10 @@ PLAIN_INTERVAL_SECONDS = 10.0
 """How often a long stage says where it is when there is no terminal."""
 
 
+WIDE = 72
+"""Columns of a terminal that has room for a bar and the time passed beside the time left."""
+
+
 class Verbosity(IntEnum):
     """How much is said."""
 
@@ -54,23 +58,35 @@ class Console:
 
     def _live(self, title: str) -> Iterator[Progress]:
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            ProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
         )
-        with RichProgress(*columns, console=RichConsole(stderr=True)) as progress:
+        from rich.progress import Progress as RichProgress
+        from rich.table import Column
+
+        def whole() -> Column:
+            return Column(no_wrap=True)
+
+        console = RichConsole(stderr=True)
+        extra: list[ProgressColumn] = [BarColumn(12), TimeElapsedColumn(whole())] if console.width >= WIDE else []
+        columns = (
+            TextColumn("{task.description}", table_column=Column()),  # the only one that may be broken
+            *extra,
+            MofNCompleteColumn(table_column=whole()),
+            TextColumn("left"),
+            TimeRemainingColumn(table_column=whole()),
+        )
+        with RichProgress(*columns, console=console) as progress:
             task = progress.add_task(title, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
             shown = progress.tasks[0]
             if shown.total is None or not shown.finished:
-                progress.update(task, completed=1, total=1)
+                progress.update(task, completed=shown.total or 1, total=shown.total or 1)
 
     def _plain(self, title: str) -> Iterator[Progress]:
         start = spoken = time.monotonic()

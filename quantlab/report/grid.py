@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ SCALE = 6
 """Screen pixels for each pixel of an image."""
 GAP = 4
 LABEL_WIDTH = 170
+"""At least; longer titles get the room they need."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ def save_grid(rows: Sequence[GridRow], path: Path) -> None:
 
     count, height, width = rows[0].images.shape[:3]
     cell_width, cell_height = width * SCALE + GAP, height * SCALE + GAP
-    canvas = Image.new("RGB", (LABEL_WIDTH + count * cell_width + GAP, len(rows) * cell_height + GAP), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    font = ImageFont.load_default(14)
+    left = max(LABEL_WIDTH, *(math.ceil(font.getlength(row.title)) + 4 * GAP for row in rows))
+    canvas = Image.new("RGB", (left + count * cell_width + GAP, len(rows) * cell_height + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
     for line, row in enumerate(rows):
         top = GAP + line * cell_height
         draw.text((GAP * 2, top + cell_height // 2 - 10), row.title, fill="black", font=font)
@@ -41,5 +45,5 @@ def save_grid(rows: Sequence[GridRow], path: Path) -> None:
             image = (
                 Image.fromarray(pixels).convert("RGB").resize((width * SCALE, height * SCALE), Image.Resampling.NEAREST)
             )
-            canvas.paste(image, (LABEL_WIDTH + column * cell_width, top))
+            canvas.paste(image, (left + column * cell_width, top))
     atomic_write(path, lambda partial: canvas.save(partial, format="PNG"))

@@ -42,13 +42,20 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path`` and put it in place at once; nothing is left when it fails."""
+    """Let ``write`` fill a file beside ``path`` and put it in place at once; nothing is left when it fails.
+
+    Raises:
+        OSError: the file cannot be written; it names ``path``, which a full disk's own error does not.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 

@@ -10,6 +10,7 @@ from datetime import datetime
 from itertools import count
 from pathlib import Path
 
+from quantlab.errors import ArtefactError
 from quantlab.store.files import JSON, append_event, atomic_write_json, atomic_write_text, read_json
 from quantlab.store.stages import StageFolder, Store
 
@@ -91,10 +92,18 @@ def create_run(root: Path, recipe: str, digest: str) -> RunFolder:
 
 
 def list_runs(root: Path) -> list[RunRecord]:
-    """Every run under the root, oldest first."""
+    """Every run under the root, oldest first; folders that another program made are passed over.
+
+    Raises:
+        ArtefactError: the root is a file.
+    """
+    if root.exists() and not root.is_dir():
+        raise ArtefactError("this is a file, not a folder of runs", where=str(root))
     records = []
     for file in root.rglob(RUN_FILE):
-        content, folder = read_json(file), file.parent
+        content, folder = _read_run(file), file.parent
+        if content is None:
+            continue
         stages = tuple(dict.fromkeys(path.resolve() for path in _links(folder) if path.exists()))
         size = sum(_size(path) for path in (folder, *stages))
         complete = (folder / RESULT_FILE).is_file()
@@ -110,12 +119,21 @@ def clean_runs(root: Path, *, everything: bool = False) -> list[Path]:
         everything: all stages, and the runs too.
     """
     runs = list_runs(root)
-    linked = [stage for run in runs for stage in run.stages]
+    linked = [path.resolve() for path in _links(root)]
     deleted = Store(root).clean(linked, everything=everything)
     for run in runs if everything else []:
         shutil.rmtree(run.path)
         deleted.append(run.path)
     return deleted
+
+
+def _read_run(file: Path) -> dict[str, object] | None:
+    """What ``create_run`` wrote, or None when something else stands there."""
+    try:
+        content = read_json(file)
+    except ArtefactError:
+        return None
+    return content if content.keys() >= {"schema_version", "recipe", "created"} else None
 
 
 def _links(folder: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from quantlab.store.files import JSON, atomic_write_json, digest_of, digest_of_f
 STORE_FOLDER = ".store"
 STAGE_FILE = "stage.json"
 SCHEMA_VERSION = 1
-CLEAN = "delete it with: quantlab runs clean"
+_STAGE_NAME = re.compile(r"[\w-]+-[0-9a-f]{16}(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class StageFolder:
         """One of the stage's files; raises ArtefactError when it is missing."""
         path = self.path / name
         if not path.is_file():
-            raise ArtefactError(f'the stage "{self.name}" has no file "{name}"', where=str(self.path), next_step=CLEAN)
+            raise ArtefactError(
+                f'the stage "{self.name}" has no file "{name}"', where=str(self.path), next_step=_clean(self.path)
+            )
         return path
 
 
@@ -87,7 +90,9 @@ class Store:
         """
         deleted = []
         for path in sorted(self.folder.glob("*")) if self.folder.is_dir() else []:
-            if path.suffix == ".lock" or (not everything and path.resolve() in linked and _is_sound(path)):
+            if not _STAGE_NAME.fullmatch(path.name) or not path.is_dir():
+                continue  # a lock, or something that is not ours
+            if not everything and path.resolve() in linked and _is_sound(path):
                 continue
             lock = path.with_name(f"{path.name.removesuffix('.partial')}.lock")
             with contextlib.suppress(ArtefactError), locked(lock, path.name):  # a stage being written is left alone
@@ -106,21 +111,21 @@ def check_stage(path: Path) -> float:
         record = json.loads((path / STAGE_FILE).read_text())
         version, files, seconds = record["schema_version"], record["files"], record["seconds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError("this is not a complete stage", where=str(path), next_step=CLEAN) from error
+        raise ArtefactError("this is not a complete stage", where=str(path), next_step=_clean(path)) from error
     if version != SCHEMA_VERSION:
         raise ArtefactError(
             "the stage was written by another version of quantlab",
             where=str(path / STAGE_FILE),
             got=version,
             allowed=str(SCHEMA_VERSION),
-            next_step=CLEAN,
+            next_step=_clean(path),
         )
     for name, checksum in files.items():
         file = path / name
         if not file.is_file():
-            raise ArtefactError("a file of the stage is missing", where=str(file), next_step=CLEAN)
+            raise ArtefactError("a file of the stage is missing", where=str(file), next_step=_clean(path))
         if digest_of_file(file) != checksum:
-            raise ArtefactError("the file is not the one that was written", where=str(file), next_step=CLEAN)
+            raise ArtefactError("the file is not the one that was written", where=str(file), next_step=_clean(path))
     return seconds
 
 
@@ -146,10 +151,18 @@ def _compute(path: Path, name: str, key: Mapping[str, JSON], compute: Callable[[
             raise ArtefactError(
                 f'the disk is full; the stage "{name}" was not kept',
                 where=str(path.parent),
-                next_step="free some space (quantlab runs clean), then give the same command again",
+                next_step=f"free some space ({_clean_command(path)}), then give the same command again",
             ) from error
         raise
     return seconds
+
+
+def _clean_command(stage: Path) -> str:
+    return f"quantlab runs clean --runs-dir {stage.parent.parent}"
+
+
+def _clean(stage: Path) -> str:
+    return f"delete it with: {_clean_command(stage)}"
 
 
 def _is_sound(path: Path) -> bool:

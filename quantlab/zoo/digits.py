@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantlab.errors import ModelError
 from quantlab.torchvision_shim import ensure_torchvision_imports
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
+CLASSIFIER = "digits-classifier"
+"""The zoo's name of the classifier."""
 NUM_CLASSES = 10
 NULL_CLASS = 10
 """The label that stands for "no class" in classifier-free guidance."""
@@ -107,11 +110,30 @@ def weights_path(name: str) -> Path:
 
 
 def _load(module: nn.Module, name: str) -> nn.Module:
+    """Fill a module with a zoo model's weights; raises ModelError when the file is missing, damaged or foreign."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = load_file(weights_path(name))
-    module.load_state_dict({key: value.float() for key, value in state.items()})
+    try:
+        state = {key: value.float() for key, value in load_file(weights_path(name)).items()}
+    except (OSError, SafetensorError) as error:
+        raise _weights_error(name, "the weights cannot be read", error) from error
+    expected = {key: value.shape for key, value in module.state_dict().items()}
+    wrong = next((key for key in expected if key not in state or state[key].shape != expected[key]), None)
+    if wrong or state.keys() - expected:
+        got = wrong or min(state.keys() - expected)
+        raise _weights_error(name, "these are the weights of another model", f"the first that differs is {got}")
+    damaged = next((key for key, value in state.items() if not value.isfinite().all()), None)
+    if damaged:
+        raise _weights_error(name, "the weights hold NaN or infinity", damaged)
+    module.load_state_dict(state)
     return module.eval().requires_grad_(False)
+
+
+def _weights_error(name: str, what: str, got: object) -> ModelError:
+    path = weights_path(name)
+    again = f"install quantlab again, or train it: quantlab zoo train {name} --output {path.parent}"
+    return ModelError(what, where=str(path), got=got, next_step=again)
 
 
 def load_unet(name: str) -> UNet2DModel:
@@ -121,4 +143,4 @@ def load_unet(name: str) -> UNet2DModel:
 
 def load_classifier() -> DigitClassifier:
     """The trained classifier, in float32 and evaluation mode."""
-    return _load(DigitClassifier(), "digits-classifier")  # type: ignore[return-value]
+    return _load(DigitClassifier(), CLASSIFIER)  # type: ignore[return-value]

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantlab.errors import RecipeError, nearest
+from quantlab.store import atomic_write, atomic_write_text
 from quantlab.zoo import digits
+from quantlab.zoo.digits import CLASSIFIER
 
 Log = Callable[[int, int, float], None]
 """Called with the iteration, the number of iterations and the running mean of the loss."""
@@ -170,15 +173,23 @@ def save(model: nn.Module, name: str, folder: Path, record: dict[str, object]) -
     """Write a model as fp16 safetensors with its training record beside it; returns the weights' path."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
-    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, path)
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    state = {key: value.half().contiguous() for key, value in model.state_dict().items()}
+    atomic_write(path, lambda partial: save_file(state, partial))
+    atomic_write_text(path.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     return path
 
 
 def train(name: str, folder: Path, log: Log = _quiet) -> Path:
-    """Train the zoo model ``name`` on one thread and write it to ``folder``; returns the weights' path."""
+    """Train the zoo model ``name`` on one thread and write it to ``folder``; returns the weights' path.
+
+    Raises:
+        RecipeError: no zoo model has this name.
+    """
+    known = (*digits.INITIALISATIONS, CLASSIFIER)
+    if name not in known:
+        raise RecipeError(f'there is no zoo model "{name}"', allowed=", ".join(known), next_step=nearest(name, known))
+    folder.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     losses: list[tuple[int, float]] = []
 
     def keep(iteration: int, iterations: int, loss: float) -> None:
@@ -191,7 +202,7 @@ def train(name: str, folder: Path, log: Log = _quiet) -> Path:
     start = time.perf_counter()
     try:
         record: dict[str, object] = {"name": name, "torch": torch.__version__}
-        if name == "digits-classifier":
+        if name == CLASSIFIER:
             settings = ClassifierSettings()
             model, record["test_accuracy"] = train_classifier(settings, keep)
         else:

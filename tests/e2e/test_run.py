@@ -118,12 +118,19 @@ def test_a_pattern_without_site_names_its_line(tmp_path) -> None:
         go(tmp_path, "keep.0.match=conv_inn")
 
 
+def test_each_method_runs_once_and_the_recipes_own_comes_last(tmp_path) -> None:
+    result = go(tmp_path, "method=min-max", "baselines=[min-max, mse, mse]")
+    assert [row.method for row in result.rows] == ["full precision", "mse", "min-max"]
+
+
 def test_guidance_and_other_steps(tmp_path) -> None:
     result = go(tmp_path, "baselines=[]", "sampling.guidance=1.5")
     assert all(value is not None for value in [result.rows[-1].metrics["fid"]])
 
 
-@pytest.mark.parametrize("option", [("cuda:9", "float32"), ("cpu", "float8"), ("nonsense", "float32")])
+@pytest.mark.parametrize(
+    "option", [("cuda:9", "float32"), ("cpu", "float8"), ("nonsense", "float32"), ("meta", "float32")]
+)
 def test_devices_and_dtypes_that_are_not_there(option: tuple[str, str], tmp_path) -> None:
     loaded = load_recipe(RECIPE, profile="smoke")
     with pytest.raises(RecipeError):
@@ -167,6 +174,19 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path) -> None:
         (file,) = (tmp_path / root / ".store").glob("finalize-*/final.safetensors")
         results.append(file.read_bytes())
     assert results[0] == results[1]
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path) -> None:
+    command = [sys.executable, "-m", "quantlab", "run", RECIPE, "--set", "baselines=[]", "--runs-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / ".store").glob("reference-*.partial")):
+        assert process.poll() is None and time.monotonic() < deadline, "the stage never began"
+        time.sleep(0.01)
+    process.terminate()
+    _, told = process.communicate()
+    assert process.returncode == 143 and "the same command goes on" in told and "Traceback" not in told
+    assert not list((tmp_path / ".store").glob("*.partial"))
 
 
 def test_quantize_a_module_in_memory() -> None:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -22,7 +23,7 @@ class Empty(Strict):
     pass
 
 def part(part_name):
-    return type(part_name, (), {"name": part_name, "Config": Empty, "__doc__": "Spirals inwards."})
+    return type(part_name, (), {"name": part_name, "Config": Empty, "version": 1, "__doc__": "Spirals inwards."})
 
 @hookimpl
 def quantlab_methods():
@@ -140,6 +141,42 @@ def test_an_error_is_a_message_with_its_exit_code_and_a_traceback_only_when_aske
     assert ("Traceback" in result.stderr) == verbose
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(13, "Permission denied", "/data/runs"), "/data/runs: Permission denied"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "the memory is not enough"),
+        (MemoryError(), "the memory is not enough"),
+        (ZeroDivisionError("by zero\nand more"), "ZeroDivisionError: by zero\n"),
+    ],
+)
+def test_what_nobody_foresaw_is_one_message_too(fake, given, error, told):
+    fake.error = error
+    result = call("run", *given)
+    assert result.exit_code == 1
+    assert told in result.stderr and "next: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in call("run", *given, "-v").stderr
+
+
+def test_an_unforeseen_error_names_the_line_that_raised_it(fake, given):
+    fake.error = ValueError("odd")
+    assert f"error: {__file__}:" in call("run", *given).stderr
+
+
+def test_sigterm_ends_as_ctrl_c_does_with_its_own_code(fake, given):
+    fake.error = KeyboardInterrupt(143)
+    result = call("run", *given)
+    assert result.exit_code == 143
+    assert "the same command goes on" in result.stderr
+
+
+def test_a_reader_that_left_is_no_error(fake, given):
+    fake.error = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    result = call("run", *given)
+    assert (result.exit_code, result.stderr) == (1, "")
+
+
 def test_ctrl_c_says_how_to_go_on(fake, given):
     fake.error = KeyboardInterrupt()
     result = call("run", *given)
@@ -195,6 +232,34 @@ def test_show_and_list_names(given):
     assert call("show", "policy", "spiral2", *plugin).exit_code == 2
     assert call("list", "polices").exit_code == 2
     assert "digits/mpq-dm-w2a4" in call("list", "recipes").stdout
+
+
+@pytest.mark.parametrize("word", ["policies", "policy", "sites"])
+def test_a_kind_alone_needs_a_name(word):
+    result = call("show", word)
+    assert result.exit_code == 2
+    assert f'"{word}" needs a name' in result.stderr and f"quantlab show {word} NAME" in result.stderr
+
+
+def test_no_runs_are_told(tmp_path):
+    assert call("runs", "--runs-dir", str(tmp_path / "none")).stderr == f"no runs in {tmp_path / 'none'}\n"
+    assert "nothing to delete" in call("runs", "--runs-dir", str(tmp_path), "clean").stderr
+
+
+def test_an_unknown_zoo_model_has_the_known_ones(tmp_path):
+    result = call("zoo", "train", "digit", "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert 'no zoo model "digit"' in result.stderr and 'did you mean "digits"' in result.stderr
+
+
+@pytest.mark.parametrize(("failures", "code"), [({}, 0), ({"seed=1": "it broke"}, 1)])
+def test_a_bench_with_a_failed_cell_ends_with_code_1(monkeypatch, failures, code):
+    def bench(*arguments: object) -> SimpleNamespace:
+        return SimpleNamespace(table=lambda: "the table", failures=failures)
+
+    monkeypatch.setattr("quantlab.bench.bench", bench)
+    result = call("bench", "any.yaml")
+    assert (result.exit_code, result.stdout) == (code, "the table\n")
 
 
 def test_runs_are_listed_and_cleaned(tmp_path):

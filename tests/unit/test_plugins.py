@@ -24,6 +24,7 @@ class Config(Strict):
 class Policy:
     "Does nothing."
     name = "{name}"
+    version = 1
     Config = Config
     def __init__(self, config):
         self.config = config
@@ -131,12 +132,24 @@ def test_a_hook_that_raises_sets_its_plugin_aside(install):
     assert [broken.reason for broken in registry.broken] == ["quantlab_bit_policies failed: OSError: no disk"]
 
 
-def test_what_has_no_name_is_set_aside(install):
-    source = "from quantlab.hookspecs import hookimpl\n@hookimpl\ndef quantlab_bit_policies(): return [int]"
-    install(bad=module(source))
+@pytest.mark.parametrize(
+    ("kind", "answer", "told"),
+    [
+        (Kind.POLICY, "[int]", "has no name"),
+        (Kind.POLICY, "[type('P', (), {'name': 'p', 'version': 1})]", "has no Config"),
+        (Kind.POLICY, "[type('P', (), {'name': 'p', 'Config': Strict})]", "has no version"),
+        (Kind.POLICY, "[type('P', (), {'name': '../p', 'Config': Strict, 'version': 1})]", "has a name that is not"),
+        (Kind.METHOD, "[type('M', (), {'name': 'm'})]", "is no quantlab.Method"),
+        (Kind.POLICY, "3", "'int' object is not iterable"),
+    ],
+)
+def test_what_breaks_its_hooks_contract_is_set_aside(install, kind, answer, told):
+    hook = "quantlab_methods" if kind is Kind.METHOD else "quantlab_bit_policies"
+    head = "from quantlab.contracts.config import Strict\nfrom quantlab.hookspecs import hookimpl\n"
+    install(bad=module(f"{head}@hookimpl\ndef {hook}(): return {answer}"), good=module(POLICY.format(name="flat")))
     registry = load_registry()
-    assert registry.entries(Kind.POLICY) == {}
-    assert "has no name" in registry.broken[0].reason
+    assert list(registry.entries(kind)) == (["flat"] if kind is Kind.POLICY else [])
+    assert told in registry.broken[0].reason
 
 
 def test_a_mistyped_hook_is_told_with_the_nearest(install):

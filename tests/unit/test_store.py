@@ -146,7 +146,7 @@ def test_a_damaged_stage_is_told_and_cleaned(tmp_path, damage, told):
     damage(stage.file("deep/data.txt"))
     with pytest.raises(ArtefactError, match=told) as caught:
         store.stage("a", {}, never)
-    assert "quantlab runs clean" in str(caught.value)
+    assert f"quantlab runs clean --runs-dir {tmp_path}" in str(caught.value)
     assert clean_runs(tmp_path) == [stage.path]
     assert not store.stage("a", {}, write("whole")).reused
 
@@ -172,8 +172,9 @@ def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path):
         partial.write_text("new")
         raise OSError(errno.ENOSPC, "full")
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match="No space left") as caught:
         atomic_write(path, fail)
+    assert caught.value.filename == str(path), "a full disk's own error names no file"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
 
@@ -238,6 +239,33 @@ def test_clean_deletes_what_no_run_links_to(tmp_path):
     assert linked.path.exists()
     assert set(clean_runs(tmp_path, everything=True)) == {linked.path, run.path}
     assert list_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"recipe": "theirs", "created": "2020"}'])
+def test_what_another_program_made_is_neither_listed_nor_deleted(tmp_path, text):
+    theirs, stage = tmp_path / "theirs", Store(tmp_path).stage("a", {}, write("a"))
+    theirs.mkdir()
+    (theirs / "run.json").write_text(text)
+    (theirs / "precious.txt").write_text("x")
+    stray = tmp_path / ".store" / "notes.txt"
+    stray.write_text("x")
+    (tmp_path / ".store" / "folder").mkdir()
+    assert list_runs(tmp_path) == []
+    assert clean_runs(tmp_path, everything=True) == [stage.path]
+    assert (theirs / "precious.txt").is_file() and stray.is_file() and (tmp_path / ".store" / "folder").is_dir()
+
+
+def test_a_run_with_a_damaged_record_keeps_its_stages(tmp_path):
+    stage, run = Store(tmp_path).stage("a", {}, write("a")), create_run(tmp_path, "r", "0" * 16)
+    run.link(stage)
+    (run.path / "run.json").write_text("{")
+    assert clean_runs(tmp_path) == []
+
+
+def test_a_file_is_no_folder_of_runs(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtefactError, match="not a folder of runs"):
+        list_runs(tmp_path / "file")
 
 
 def test_clean_without_any_run_does_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ class _Features(nn.Module):
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) of features [N, F] and [M, F], in float64."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) of features [N, F] and [M, F], in float64; NaN if any is not finite."""
+    if not (features.isfinite().all() and reference.isfinite().all()):
+        return math.nan  # the eigenvalues of such a matrix end the process
     ensure_torchvision_imports()
     from torchmetrics.image.fid import FrechetInceptionDistance
 

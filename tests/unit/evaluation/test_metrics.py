@@ -44,6 +44,15 @@ def test_frechet_distance_against_float64() -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_frechet_distance_of_what_is_not_finite_is_nan(value: float) -> None:
+    """The eigenvalues of such a covariance end the process in native code."""
+    a = gaussian(20, 0)
+    broken = a.clone()
+    broken[3, 2] = value
+    assert math.isnan(frechet_distance(a, broken)) and math.isnan(frechet_distance(broken, a))
+
+
 def test_frechet_distance_of_a_shift_is_its_square() -> None:
     a = gaussian(500, 0)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)

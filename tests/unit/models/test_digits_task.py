@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantlab.contracts.sections import Model, Sampling
@@ -94,15 +94,32 @@ def test_unknown_names_offer_the_nearest() -> None:
         load("digit-heavy")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
-def test_damaged_weights_say_so(damage: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "digits.safetensors"
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("truncated", "cannot be read"),
+        ("missing", "cannot be read"),
+        ("foreign", "of another model"),
+        ("shape", "of another model\n  got: the first that differs is conv_in.bias"),
+        ("more", "of another model\n  got: the first that differs is extra"),
+        ("nan", "hold NaN or infinity\n  got: conv_in.weight"),
+    ],
+)
+def test_damaged_weights_say_so(damage: str, told: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, sound = tmp_path / "digits.safetensors", load_file(digits.weights_path("digits"))
+    changes = {
+        "shape": {"conv_in.bias": torch.zeros(3)},
+        "more": {"extra": torch.zeros(3)},
+        "nan": {"conv_in.weight": sound["conv_in.weight"] * torch.nan},
+    }
     if damage == "truncated":
         file.write_bytes(digits.weights_path("digits").read_bytes()[:5000])
     elif damage == "foreign":
         save_file({"other": torch.zeros(3)}, file)
+    elif damage != "missing":
+        save_file({**sound, **changes[damage]}, file)
     monkeypatch.setattr(digits, "weights_path", lambda name: file)
-    with pytest.raises(ModelError, match="cannot be read") as error:
+    with pytest.raises(ModelError, match=told) as error:
         load()
     assert str(file) in str(error.value)
 
@@ -135,8 +152,29 @@ def test_batches_are_named_by_the_forward() -> None:
         ([{"x": torch.ones(2, 3)}, {"t": torch.ones(2)}], "same inputs"),
         ([(torch.ones(2, 3), torch.ones(3))], "dimension 0"),
         ([(torch.ones(2, 3), torch.ones(2)), (torch.ones(2, 4), torch.ones(2))], "more than their size"),
+        ([(torch.ones(0, 3), torch.ones(0))], "no batch"),
+        (torch.ones(2, 3), "a list of batches\n  got: Tensor"),
+        (None, "a list of batches"),
+        ([3], "does not fit"),
+        ([{"x": torch.ones(2, 3), "t": 3}], "must be a tensor\n  got: {'t': 'int'}"),
+        ([(torch.ones(2, 7), torch.ones(2))], r"fails on the batches: RuntimeError: (.|\n)*x torch.float32 \[2, 7\]"),
+        ([(torch.ones(2, 3).double(), torch.ones(2))], "fails on the batches"),
+        ([{"x": torch.ones(2, 3)}], "fails on the batches: TypeError"),
+        ([{"x": torch.ones(2, 3), "t": torch.ones(2), "z": torch.ones(2)}], "fails on the batches: TypeError"),
     ],
 )
 def test_bad_batches(batches: list, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        ModuleTask(Net(), batches)
+        ModuleTask(Net().eval(), batches)
+
+
+def test_what_is_no_module_or_returns_no_tensor_is_told() -> None:
+    class Silent(Net):
+        def forward(self, x, t):
+            return {"out": super().forward(x, t)}
+
+    batches = [(torch.ones(2, 3), torch.ones(2))]
+    with pytest.raises(ModelError, match=r"no torch\.nn\.Module"):
+        ModuleTask(lambda x, t: x, batches)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"must return a tensor(.|\n)*got: dict"):
+        ModuleTask(Silent().eval(), batches)

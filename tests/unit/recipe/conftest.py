@@ -23,7 +23,7 @@ class KurtosisConfig(Strict):
     offsets: tuple[int, ...] = (-1, 0, 1)
 
 def part(name, config=Nothing):
-    return type(name, (), {"name": name, "Config": config, "__doc__": f"The part {name}."})
+    return type(name, (), {"name": name, "Config": config, "version": 1, "__doc__": f"The part {name}."})
 
 @hookimpl
 def quantlab_methods():

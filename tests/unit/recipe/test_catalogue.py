@@ -39,3 +39,8 @@ def test_an_unknown_kind_has_the_nearest(registry):
     assert kind_of("policy") is kind_of("policies") is Kind.POLICY
     with pytest.raises(RecipeError, match='did you mean "policies"'):
         catalogue(registry, "policys")
+    with pytest.raises(RecipeError, match="recipes"):
+        catalogue(registry, "recipez")
+    with pytest.raises(RecipeError) as caught:
+        kind_of("recipes")
+    assert "recipes" not in str(caught.value).partition("allowed")[2], "a recipe is no kind"

@@ -4,6 +4,7 @@ import pytest
 
 from quantlab.contracts.quant import Observer
 from quantlab.errors import RecipeError
+from quantlab.plugins import Kind
 from quantlab.recipe.load import for_method, load_recipe
 
 GOOD = """\
@@ -153,6 +154,22 @@ BAD = [
     pytest.param(GOOD + "extends: recipe\n", 5, ["circle"], id="extends itself"),
     pytest.param(GOOD + "extends: {a: 1}\n", 5, ["name or a list of names"], id="wrong extends"),
     pytest.param(GOOD + "profiles: [smoke]\n", 5, ['"profiles" maps names'], id="wrong profiles"),
+    pytest.param(GOOD + "seed: true\n", 5, ['"seed"', "integer", "got: true"], id="true is no number"),
+    pytest.param(GOOD + "seed: '3'\n", 5, ['"seed"', "integer", 'got: "3"'], id="text is no number"),
+    pytest.param(GOOD + "keep: [{match: a, bits: 8, optional: 1}]\n", 5, ["boolean"], id="a number is not true"),
+    pytest.param(GOOD.replace("version: 1", "version: true"), 1, ["version 1", "got: True"], id="version of no number"),
+    pytest.param(GOOD + "keep: conv_in\n", 5, ['"keep" should be a list'], id="scalar for a list"),
+    pytest.param(GOOD + "tune:\n", 5, ['"tune" should be a mapping'], id="nothing for a section"),
+    pytest.param(GOOD + f"seed: {'9' * 5000}\n", 5, ["cannot be read", "got: 9999"], id="too many digits"),
+    pytest.param(GOOD + f"seed: {2**65}\n", 5, ['"seed" should be less'], id="seed beyond 64 bits"),
+    pytest.param(GOOD + f"evaluate: {{noise_seed: {2**65}}}\n", 5, ["noise_seed"], id="noise seed beyond 64 bits"),
+    pytest.param(GOOD + "name: a\x07b\n", 5, ["not YAML", "'\\x07'"], id="control character"),
+    pytest.param(GOOD + "name: ../up\n", 5, ['"name"', '".."'], id="name that leaves its folder"),
+    pytest.param(GOOD + "name: /tmp/up\n", 5, ['"name"'], id="name of another folder"),
+    pytest.param(GOOD + "name: .store\n", 5, ['"name"'], id="name of the store"),
+    pytest.param(GOOD + 'name: "a\\0b"\n', 5, ['"name"'], id="name with a zero byte"),
+    pytest.param(GOOD + f"name: {'a' * 300}\n", 5, ['"name"', "200"], id="name too long for a folder"),
+    pytest.param("version: 1\nmatrices: []\n", None, ["this is a bench", "quantlab bench recipe"], id="bench"),
 ]
 
 
@@ -177,7 +194,7 @@ def test_a_bad_recipe_is_one_clear_message(registry, write, text, line, told):
         ("sampling.steps=few", ["--set sampling.steps=few", '"sampling.steps"', '"few"']),
         ("allocate.x=3", ["no index", "0 to 2"]),
         ("allocate.9=uniform", ["no index", "0 to 2"]),
-        ("seed=!!int 3", ["no YAML tags"]),
+        ("seed=!!int 3", ["--set seed=!!int 3: a recipe has no YAML tags"]),
         ("seed=[1", ["not YAML"]),
         ("method=mixd", ["--set method=mixd", '"mixed"']),
     ],
@@ -205,6 +222,27 @@ def test_a_binary_file_is_told(registry, tmp_path):
     (tmp_path / "weights.yaml").write_bytes(bytes(range(256)))
     with pytest.raises(RecipeError, match="not a text file"):
         load_recipe(tmp_path / "weights.yaml", (), registry)
+
+
+def test_text_of_another_encoding_names_its_line(registry, tmp_path):
+    (tmp_path / "latin.yaml").write_bytes((GOOD + "name: caf\u00e9\n").encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"latin\.yaml:5: this is not a text file in UTF-8"):
+        load_recipe(tmp_path / "latin.yaml", (), registry)
+
+
+def test_a_name_too_long_for_a_file_is_a_missing_recipe(registry):
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        load_recipe("a" * 5000, (), registry)
+
+
+def test_a_model_that_its_source_does_not_have_is_told_with_its_line(registry, write, monkeypatch):
+    source = registry.find(Kind.MODEL, "builtin").value
+    monkeypatch.setattr(source, "models", ("digits", "digits-heavy"), raising=False)
+    assert load_recipe(write(), (), registry).recipe.model.name == "digits"
+    path = write(GOOD.replace("name: digits", "name: digitz"))
+    with pytest.raises(RecipeError, match=r':2: the source "builtin" has no model "digitz"') as caught:
+        load_recipe(path, (), registry)
+    assert 'did you mean "digits"' in str(caught.value)
 
 
 def test_a_missing_recipe_has_the_nearest_name(registry):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from quantlab.errors import ArtefactError
 from quantlab.report.console import Console, Verbosity
-from quantlab.report.grid import GridRow, save_grid
+from quantlab.report.grid import GAP, GridRow, save_grid
 from quantlab.report.html import Report, StageLine, save_html
 from quantlab.report.rows import FULL_PRECISION, Row, row_from_json, row_to_json
 from quantlab.report.summary import summarize
@@ -69,6 +69,15 @@ def test_the_grid_has_a_cell_for_every_image(tmp_path) -> None:
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"
 
 
+def test_a_long_title_does_not_reach_into_the_images(tmp_path) -> None:
+    black = np.zeros((1, 8, 8), np.uint8)
+    save_grid([GridRow("a-method-with-a-very-long-name", black)], tmp_path / "grid.png")
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    columns = np.flatnonzero((pixels[GAP : GAP + 48, :, 0] == 0).all(0))
+    assert len(columns) == 48, "the image's own columns, untouched"
+    assert (pixels[:, columns[0] - GAP : columns[0]] == 255).all(), "white before it"
+
+
 def test_what_comes_from_a_recipe_is_escaped(tmp_path) -> None:
     report = Report(
         title="<script>alert(1)</script>",
@@ -102,6 +111,10 @@ def test_quiet_says_nothing_but_warnings(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == "warning: look\n"
 
 
-def test_live_progress_ends_complete() -> None:
-    with Console(Verbosity.NORMAL, live=True).task("Work") as progress:
-        progress(2, 2)
+@pytest.mark.parametrize("columns", [40, 80])
+def test_live_progress_shows_the_count_and_the_time_left(columns: int, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with Console(Verbosity.NORMAL, live=True).task("mpq-dm: assign bits and scales") as progress:
+        progress(3, 10)
+    shown = capsys.readouterr().err
+    assert "10/10" in shown and "left 0:00:00" in shown, "a stage that ended is complete"
