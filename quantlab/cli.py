@@ -47,6 +47,10 @@ OnlyOption = Annotated[list[str], typer.Option("--only", metavar="KEY=VALUE", he
 RUNS = Path("runs")
 
 
+class Stopped(BaseException):
+    """A signal asks to end. No KeyboardInterrupt: when one passes through ``exec``, Python ends as if by SIGINT."""
+
+
 @contextmanager
 def told(verbose: bool = False) -> Iterator[None]:
     """Turn errors into one message and an exit code; with ``verbose``, the traceback as well."""
@@ -59,7 +63,7 @@ def told(verbose: bool = False) -> Iterator[None]:
             traceback.print_exc()
         known = error if isinstance(error, QuantlabError) else unforeseen(error)
         _leave(f"error: {known}", known.exit_code)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Stopped) as stop:
         code = stop.args[0] if stop.args else INTERRUPTED
         _leave("stopped; the same command goes on after the last finished stage or checkpoint", code)
 
@@ -310,7 +314,7 @@ def _log(iteration: int, iterations: int, loss: float) -> None:
 
 def _stop(number: int, frame: object) -> NoReturn:
     """End as after Ctrl-C, so that nothing half-written stays, with the signal's own exit code."""
-    raise KeyboardInterrupt(128 + number)
+    raise Stopped(128 + number)
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def quantlab_quantizers() -> Iterable[type[Quantizer]]:  # type: ignore[empty-bo
 
 @hookspec
 def quantlab_tuners() -> Iterable[type[Tuner]]:  # type: ignore[empty-body]
-    """Tuners: how quantizers and adapters are trained after their first values are found; ``tune.tuner``.
+    """Tuners: how quantizers and adapters are trained after their first values are found; ``tune.tuners``, in order.
 
     The engine builds the class with its Config, puts what ``adapter(settings)`` asks for into every layer that may be
     trained, and calls ``tune(job)``, which trains in place and returns the history of its losses. It saves through

@@ -13,6 +13,7 @@ from quantlab.contracts.model import GenerativeTask
 from quantlab.errors import RecipeError
 from quantlab.plugins import Kind, Registry
 from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
+from quantlab.recipe.choices import chosen, essence
 from quantlab.recipe.load import LoadedRecipe, for_method
 from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
@@ -91,7 +92,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method)
         measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
-        seconds = sum({stage.digest: stage.seconds for stage in (assigned.stage, tuned.stage, final.stage)}.values())
+        seconds = sum(stage.seconds for stage in final.stages)
         rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
         images.append((method, measured.images))
     describe.finish(context, loaded, rows, images, coverage)
@@ -108,7 +109,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
     versions += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION, ACCOUNTING_VERSION]
     return digest_of(
         {
-            "arms": [arm.model_dump(mode="json") for arm in arms],
+            "arms": [essence(arm, registry) for arm in arms],
             "plugins": {name: found for arm in arms for name, found in plugin_versions(arm, registry).items()},
             "weights": source(source.Config()).identity(recipe.model),
             "versions": versions,
@@ -118,11 +119,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
 
 def plugin_versions(recipe: Recipe, registry: Registry) -> dict[str, JSON]:
     """The versions of every plugin class that a recipe's numbers depend on."""
-    chosen = [(Kind.PASS, choice) for choice in recipe.passes] + [(Kind.POLICY, choice) for choice in recipe.allocate]
-    chosen += [(Kind.QUANTIZER, recipe.weights.quantizer), (Kind.QUANTIZER, recipe.activations.quantizer)]
-    chosen += [(Kind.LOSS, choice) for choice in recipe.tune.losses]
-    chosen += [(Kind.TUNER, recipe.tune.tuner)] if recipe.tune.tuner else []
-    names = [(kind, choice.name) for kind, choice in chosen]
+    names = [(kind, choice.name) for kind, _, choice in chosen(recipe)]
     names += [(Kind.METRIC, name) for name in recipe.evaluate.metrics] + [(Kind.MODEL, recipe.model.source)]
     return {f"{kind}/{name}": registry.find(kind, name).value.version for kind, name in names}
 

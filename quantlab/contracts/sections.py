@@ -42,6 +42,10 @@ class Model(Strict):
 
     source: str = Field(default="builtin", description="the plugin that loads it")
     name: str = Field(description="the model's name at that source")
+    weights: str | None = Field(
+        default=None,
+        description="a file of other weights, from the working folder: .safetensors, or .pt, .pth, .ckpt of tensors",
+    )
 
 
 class Keep(Strict):
@@ -103,7 +107,7 @@ class InputsFrom(StrEnum):
 class Tune(Strict):
     """How quantizers and adapters are trained after assignment."""
 
-    tuner: Choice | None = Field(default=None, description="none: post-training quantization")
+    tuners: tuple[Choice, ...] = Field(default=(), description="one after the other; none: scales alone are found")
     iterations: int = Field(default=0, ge=0, description="optimizer steps; one is one denoising step of one batch")
     batch: int = Field(default=32, ge=1)
     rank: int = Field(default=32, ge=1, description="of the low-rank adapters")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
 from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run
 from quantlab.contracts.sections import Model, Sampling
-from quantlab.errors import ModelError, RecipeError, nearest
+from quantlab.errors import RecipeError, nearest
 from quantlab.sampling import SampleStep, Schedule
 from quantlab.store import digest_of, digest_of_file
 from quantlab.zoo import digits
@@ -54,31 +54,37 @@ class BuiltinSource:
                 allowed=known,
                 next_step=nearest(model.name, digits.INITIALISATIONS),
             )
-        return DigitsTask(model.name, sampling, device, dtype)
+        return DigitsTask(model.name, sampling, device, dtype, Path(model.weights) if model.weights else None)
 
     def identity(self, model: Model) -> str:
         """Hash of the weights of the network and of its judge."""
-        files = (digits.weights_path(name) for name in (model.name, JUDGE))
+        network = Path(model.weights) if model.weights else digits.weights_path(model.name)
+        files = (network, digits.weights_path(JUDGE))
         return digest_of([digest_of_file(file) if file.is_file() else "missing" for file in files])
 
 
 class DigitsTask(GenerativeTask):
-    """A class-conditional denoiser of 8x8 digits, with classifier-free guidance."""
+    """A class-conditional denoiser of 8x8 digits, with classifier-free guidance.
 
-    def __init__(self, name: str, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> None:
+    Args:
+        name: of the zoo's model.
+        sampling: how images are drawn.
+        device: where the networks go.
+        dtype: what the denoiser computes in.
+        weights: a file of other weights for it.
+
+    Raises:
+        ModelError: weights cannot be read, or are those of another model.
+    """
+
+    def __init__(
+        self, name: str, sampling: Sampling, device: torch.device, dtype: torch.dtype, weights: Path | None = None
+    ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
-        try:
-            self.network = digits.load_unet(name)
-            # Not diffusers' own ``to``, which warns about an empty list of modules.
-            nn.Module.to(self.network, device=device, dtype=dtype)
-            self.classifier = digits.load_classifier().to(device)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ModelError(
-                "the weights cannot be read",
-                where=str(digits.weights_path(name)),
-                got=str(error).splitlines()[0],
-                next_step="install quantlab again, or train it: quantlab zoo train " + name,
-            ) from error
+        self.network = digits.load_unet(name, weights)
+        # Not diffusers' own ``to``, which warns about an empty list of modules.
+        nn.Module.to(self.network, device=device, dtype=dtype)
+        self.classifier = digits.load_classifier().to(device)
         self.timestep_input = "timestep"
         self.static: Mapping[str, object] = {"return_dict": False}
         self.schedule = Schedule(noise_schedule(), sampling)

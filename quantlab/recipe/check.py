@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from quantlab.contracts.sections import Choice
 from quantlab.errors import RecipeError, nearest
 from quantlab.plugins import Kind, Registry
+from quantlab.recipe.choices import with_choices
 from quantlab.recipe.layers import KeyPath, Node
 from quantlab.recipe.schema import Recipe
 
@@ -52,37 +54,29 @@ def check_plugins(recipe: Recipe, root: Node, registry: Registry) -> Recipe:
         RecipeError: a name is unknown or an option is wrong.
     """
 
-    def complete(kind: Kind, choice: Choice, at: KeyPath) -> Choice:
+    def complete(kind: Kind, at: KeyPath, choice: Choice) -> Choice:
         config = registry.find(kind, choice.name, root.reach(at)[0].origin).value.Config
         given = root.reach((*at, choice.name))
         inside = (*at, choice.name) if len(given[1]) == len(at) + 1 else (*at, "options")
         checked = check(config, root, inside, choice.options)
         return choice.model_copy(update={"options": checked.model_dump(mode="json")})
 
-    def complete_all(kind: Kind, choices: tuple[Choice, ...], at: KeyPath) -> tuple[Choice, ...]:
-        return tuple(complete(kind, choice, (*at, index)) for index, choice in enumerate(choices))
-
-    def quantizer(section: str) -> Choice:
-        return complete(Kind.QUANTIZER, getattr(recipe, section).quantizer, (section, "quantizer"))
-
     registry.find(Kind.MODEL, recipe.model.source, root.reach(("model", "source"))[0].origin)
     for index, metric in enumerate(recipe.evaluate.metrics):
         registry.find(Kind.METRIC, metric, root.reach(("evaluate", "metrics", index))[0].origin)
-    tuner = recipe.tune.tuner and complete(Kind.TUNER, recipe.tune.tuner, ("tune", "tuner"))
-    losses = complete_all(Kind.LOSS, recipe.tune.losses, ("tune", "losses"))
-    return recipe.model_copy(
-        update={
-            "passes": complete_all(Kind.PASS, recipe.passes, ("passes",)),
-            "allocate": complete_all(Kind.POLICY, recipe.allocate, ("allocate",)),
-            "weights": recipe.weights.model_copy(update={"quantizer": quantizer("weights")}),
-            "activations": recipe.activations.model_copy(update={"quantizer": quantizer("activations")}),
-            "tune": recipe.tune.model_copy(update={"tuner": tuner, "losses": losses}),
-        }
-    )
+    return with_choices(recipe, complete)
 
 
 def check_model(recipe: Recipe, root: Node, registry: Registry) -> None:
-    """Raise RecipeError for a model that its source, where it can tell, does not have."""
+    """Raise RecipeError for a model that its source, where it can tell, does not have, or for missing weights."""
+    weights = recipe.model.weights
+    if weights is not None and not Path(weights).is_file():
+        raise RecipeError(
+            "there is no such file of weights",
+            where=root.reach(("model", "weights"))[0].origin,
+            got=weights,
+            next_step="give a path relative to the working folder, or an absolute one",
+        )
     source = registry.find(Kind.MODEL, recipe.model.source).value
     known: Collection[str] | None = getattr(source, "models", None)
     if known is not None and recipe.model.name not in known:

@@ -25,7 +25,7 @@ METHOD_KEYS: Collection[KeyPath] = (
     ("weights",),
     ("activations",),
     ("inputs_from",),
-    ("tune", "tuner"),
+    ("tune", "tuners"),
     ("tune", "losses"),
 )
 """What makes a method: set in a recipe, a profile or by ``--set``, these change its own method, never a baseline."""

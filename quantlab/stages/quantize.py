@@ -26,7 +26,7 @@ from quantlab.allocation.student import (
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
 from quantlab.contracts.model import Progress
-from quantlab.contracts.sections import Tune, Weights
+from quantlab.contracts.sections import Choice, Tune, Weights
 from quantlab.contracts.tuning import Checkpoint, TuneJob, Tuner
 from quantlab.errors import ArtefactError
 from quantlab.plugins import Kind, Registry
@@ -43,11 +43,19 @@ FINALIZE_VERSION = 1
 
 @dataclass(frozen=True)
 class Quantized:
-    """A student after one of the stages."""
+    """A student after one of the stages.
+
+    Attributes:
+        student: its network, quantizers in place.
+        bit_map: its bits.
+        stage: the last stage.
+        stages: all of them from assignment on.
+    """
 
     student: Student
     bit_map: BitMap
     stage: StageFolder
+    stages: tuple[StageFolder, ...]
 
 
 def choices_of(recipe: Recipe, registry: Registry) -> QuantizerChoices:
@@ -106,27 +114,42 @@ def assign_bits(
     bit_map = bit_map_from_json(json.loads(stage.file("allocation.json").read_text()))
     student = build_student(captured.task, captured.graph, plan)
     restore(student, bit_map, choices, load_state(stage.file("qparams.safetensors")))
-    return Quantized(student, bit_map, stage)
+    return Quantized(student, bit_map, stage, (stage,))
 
 
 def tune(
     context: RunContext, captured: Captured, calibrated: Calibrated, assigned: Quantized, recipe: Recipe, arm: str
 ) -> Quantized:
-    """Train the student, if the method has a tuner and iterations; otherwise it is returned as it is."""
-    settings = recipe.tune
-    if settings.tuner is None or settings.iterations == 0:
-        return assigned
-    registry = context.registry
-    plugins = [(Kind.TUNER, settings.tuner), *((Kind.LOSS, choice) for choice in settings.losses)]
+    """Give the student to each of the method's tuners in turn; without one it is returned as it is."""
+    tuned = assigned
+    for index, choice in enumerate(recipe.tune.tuners):
+        tuned = _tune_with(context, captured, calibrated, tuned, recipe, choice, f"{arm}/tune-{index}-{choice.name}")
+    return tuned
+
+
+def _tune_with(
+    context: RunContext,
+    captured: Captured,
+    calibrated: Calibrated,
+    before: Quantized,
+    recipe: Recipe,
+    choice: Choice,
+    link: str,
+) -> Quantized:
+    """One tuner's stage. Its key has nothing of the tuners after it, so that methods share what they have in common."""
+    registry, settings = context.registry, recipe.tune.model_copy(update={"tuners": (choice,)})
+    plugins = [(Kind.TUNER, choice), *((Kind.LOSS, loss) for loss in settings.losses)]
     key: dict[str, JSON] = {
         "version": TUNE_VERSION,
-        "assign": assigned.stage.digest,
+        "from": before.stage.digest,
         "tune": as_json(settings),
         "seed": recipe.seed,
         "plugins": context.versions(*plugins),
     }
-    tuner: Tuner = registry.create(Kind.TUNER, settings.tuner)
-    student = assigned.student
+    tuner: Tuner = registry.create(Kind.TUNER, choice)
+    student = before.student
+    for layer in student.layers().values():
+        layer.merge_adapter()  # of the tuner before
     adapter = tuner.adapter(settings)
     if adapter is not None:
         add_adapters(student, adapter, recipe.seed)
@@ -138,9 +161,10 @@ def tune(
         save_state(student, folder / "tuned.safetensors")
         FileCheckpoint(folder).remove()
 
-    stage = context.stage("tune", f"{arm}: tune", key, compute, link=f"{arm}/tune", resumable=True)
+    title = f"{link.partition('/')[0]}: {choice.name}"
+    stage = context.stage("tune", title, key, compute, link=link, resumable=True)
     student.network.load_state_dict(load_state(stage.file("tuned.safetensors")))
-    return Quantized(student, assigned.bit_map, stage)
+    return Quantized(student, before.bit_map, stage, (*before.stages, stage))
 
 
 def tune_job(
@@ -186,7 +210,7 @@ def finalize(context: RunContext, tuned: Quantized, arm: str) -> Quantized:
         finalize_layers(tuned.student.layers())
     for layer in tuned.student.layers().values():
         layer.freeze()
-    return Quantized(tuned.student, tuned.bit_map, stage)
+    return Quantized(tuned.student, tuned.bit_map, stage, (*tuned.stages, stage))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantlab.errors import ModelError
 from quantlab.torchvision_shim import ensure_torchvision_imports
 
 if TYPE_CHECKING:
@@ -109,36 +108,19 @@ def weights_path(name: str) -> Path:
     return Path(__file__).with_name("weights") / f"{name}.safetensors"
 
 
-def _load(module: nn.Module, name: str) -> nn.Module:
+def _load(module: nn.Module, name: str, path: Path | None = None) -> nn.Module:
     """Fill a module with a zoo model's weights; raises ModelError when the file is missing, damaged or foreign."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from quantlab.zoo.checkpoint import fill, read_weights
 
-    try:
-        state = {key: value.float() for key, value in load_file(weights_path(name)).items()}
-    except (OSError, SafetensorError) as error:
-        raise _weights_error(name, "the weights cannot be read", error) from error
-    expected = {key: value.shape for key, value in module.state_dict().items()}
-    wrong = next((key for key in expected if key not in state or state[key].shape != expected[key]), None)
-    if wrong or state.keys() - expected:
-        got = wrong or min(state.keys() - expected)
-        raise _weights_error(name, "these are the weights of another model", f"the first that differs is {got}")
-    damaged = next((key for key, value in state.items() if not value.isfinite().all()), None)
-    if damaged:
-        raise _weights_error(name, "the weights hold NaN or infinity", damaged)
-    module.load_state_dict(state)
-    return module.eval().requires_grad_(False)
+    shipped = weights_path(name)
+    again = f"install quantlab again, or train it: quantlab zoo train {name} --output {shipped.parent}"
+    own = f"give weights that quantlab zoo train {name} wrote"
+    return fill(module, read_weights(path or shipped), path or shipped, own if path else again)
 
 
-def _weights_error(name: str, what: str, got: object) -> ModelError:
-    path = weights_path(name)
-    again = f"install quantlab again, or train it: quantlab zoo train {name} --output {path.parent}"
-    return ModelError(what, where=str(path), got=got, next_step=again)
-
-
-def load_unet(name: str) -> UNet2DModel:
-    """A trained denoiser by its zoo name, in float32 and evaluation mode."""
-    return _load(build_unet(), name)  # type: ignore[return-value]
+def load_unet(name: str, path: Path | None = None) -> UNet2DModel:
+    """A trained denoiser by its zoo name, in float32 and evaluation mode; ``path`` has other weights of it."""
+    return _load(build_unet(), name, path)  # type: ignore[return-value]
 
 
 def load_classifier() -> DigitClassifier:

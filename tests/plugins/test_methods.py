@@ -41,8 +41,8 @@ def test_released_takes_the_second_column(loaded) -> None:
     assert (policy["groups"], policy["search_observer"], policy["quantize_inputs"]) == (1, "min_max", False)
     assert not recipe.weights.round_zero_point and not recipe.activations.round_zero_point
     assert recipe.activations.share_start
-    assert recipe.tune.tuner is not None
-    assert recipe.tune.tuner.options["conv"] == "per_tap" and recipe.tune.tuner.options["scale_offset"] == 0.01
+    (tuner,) = recipe.tune.tuners
+    assert tuner.options["conv"] == "per_tap" and tuner.options["scale_offset"] == 0.01
     relation = recipe.tune.losses[1].options
     assert (relation["gradient"], relation["window"], relation["weight"]) == (False, 2, 100)
 
@@ -57,4 +57,4 @@ def test_default_takes_the_first_column(loaded) -> None:
 
 def test_ptq_has_no_tuner(loaded) -> None:
     for name in ("min-max", "mse"):
-        assert for_method(loaded, name).tune.tuner is None
+        assert for_method(loaded, name).tune.tuners == ()

@@ -124,6 +124,54 @@ def test_damaged_weights_say_so(damage: str, told: str, tmp_path, monkeypatch: p
     assert str(file) in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["own.safetensors", "own.pt", "nested.ckpt"])
+def test_weights_of_ones_own_are_read_and_change_the_identity(name: str, tmp_path) -> None:
+    state = load_file(digits.weights_path("digits"))
+    state["conv_in.bias"] = state["conv_in.bias"] + 1
+    file = tmp_path / name
+    if name.endswith(".safetensors"):
+        save_file(state, file)
+    else:
+        torch.save({"state_dict": state, "epoch": 3} if "nested" in name else state, file)
+    source, model = BuiltinSource(BuiltinSource.Config()), Model(name="digits", weights=str(file))
+    task = source.load(model, Sampling(), torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(task.network.conv_in.bias, state["conv_in.bias"].float(), rtol=0, atol=0)
+    assert source.identity(model) != source.identity(Model(name="digits"))
+
+
+class Sly:
+    """Unpickling it would run code."""
+
+    def __reduce__(self) -> tuple:
+        return (open, ("ran", "w"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("sly.ckpt", {"state_dict": {"a": Sly()}}, "nothing else is unpickled"),
+        ("list.pt", [1, 2], "no state dict"),
+        ("noise.pt", b"no checkpoint at all", "nothing else is unpickled"),
+        ("empty.ckpt", b"", "cannot be read"),
+        ("weights.bin", b"", "of this kind are not read"),
+    ],
+)
+def test_a_checkpoint_of_anything_but_tensors_is_refused(
+    name: str, content: object, told: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ModelError, match=told) as error:
+        BuiltinSource(BuiltinSource.Config()).load(
+            Model(name="digits", weights=name), Sampling(), torch.device("cpu"), torch.float32
+        )
+    assert name in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_all_weights_are_under_six_megabytes() -> None:
     files = list(digits.weights_path("digits").parent.glob("*.safetensors"))
     assert len(files) == 3 and sum(file.stat().st_size for file in files) < 6e6

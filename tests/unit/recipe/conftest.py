@@ -31,7 +31,7 @@ def quantlab_methods():
     mixed = Method("mixed", "many bits", "a paper", False, {
         "allocate": ["uniform", {"kurtosis": {"groups": 3}}],
         "budget": {"extra_bit_fraction": 0.1},
-        "tune": {"tuner": "distill", "iterations": 11, "losses": ["mse"]},
+        "tune": {"tuners": ["distill"], "iterations": 11, "losses": ["mse"]},
     }, "mixed.yaml")
     return [plain, mixed]
 

@@ -60,8 +60,8 @@ def test_plugin_options_are_completed_with_their_defaults(registry, write):
     [
         ("allocate.1.kurtosis.groups=7", lambda r: r.allocate[1].options["groups"] == 7),
         ("tune.losses.1=lp", lambda r: [loss.name for loss in r.tune.losses] == ["mse", "lp"]),
-        ("tune.tuner=null", lambda r: r.tune.tuner is None),
-        ("tune.tuner.distill.groups=2", lambda r: r.tune.tuner.options["groups"] == 2),
+        ("tune.tuners=[]", lambda r: r.tune.tuners == ()),
+        ("tune.tuners.0.distill.groups=2", lambda r: r.tune.tuners[0].options["groups"] == 2),
         ("evaluate.metrics=[fid]", lambda r: r.evaluate.metrics == ("fid",)),
         ("tune.adapter_learning_rate=1e-3", lambda r: r.tune.adapter_learning_rate == 1e-3),
         ("budget={weight_bits: 3}", lambda r: (r.budget.weight_bits, r.budget.extra_bit_fraction) == (3, 0.1)),
@@ -72,12 +72,11 @@ def test_set(registry, write, override, read):
     assert read(load_recipe(write(), [override], registry).recipe)
 
 
-def test_naming_another_tuner_drops_the_options_of_the_first(registry, write):
-    base = "tune: {tuner: {other: {depth: 3}}}\n"
+def test_naming_another_quantizer_drops_the_options_of_the_first(registry, write):
+    base = "weights: {quantizer: {other: {depth: 3}}}\n"
     write(base, "base.yaml")
-    recipe = load_recipe(write(GOOD + "extends: base\ntune: {tuner: {distill: {groups: 2}}}\n"), (), registry).recipe
-    assert recipe.tune.tuner is not None
-    assert (recipe.tune.tuner.name, recipe.tune.tuner.options["groups"]) == ("distill", 2)
+    recipe = load_recipe(write(GOOD + "extends: base\nweights: {quantizer: affine}\n"), (), registry).recipe
+    assert recipe.weights.quantizer.name == "affine" and not recipe.weights.quantizer.options
 
 
 def test_a_recipe_is_named_after_its_file(registry, write):
@@ -95,7 +94,7 @@ def test_another_method_swaps_the_fragment_and_keeps_the_experiment(registry, wr
     assert other.method == "plain"
     assert other.weights.observer is Observer.MIN_MAX, "its own fragment, not the recipe's key for the first method"
     assert [choice.name for choice in other.allocate] == ["uniform"], "--set allocate was for the first method"
-    assert other.tune.tuner is None
+    assert other.tune.tuners == ()
     assert [loss.name for loss in other.tune.losses] == ["mse"]
     assert (other.seed, other.tune.batch, other.sampling.steps) == (3, 8, 7), "the experiment is shared"
     assert other.activations.observer is Observer.MIN_MAX, "a base recipe is shared"
@@ -259,8 +258,8 @@ def test_an_unknown_profile_has_the_known_ones(registry, write):
 
 
 def test_a_plugins_option_set_wrongly_names_the_override(registry, write):
-    with pytest.raises(RecipeError, match=r"--set tune\.tuner\.distill\.depth=3: unknown key"):
-        load_recipe(write(), ["tune.tuner.distill.depth=3"], registry)
+    with pytest.raises(RecipeError, match=r"--set tune\.tuners\.0\.distill\.depth=3: unknown key"):
+        load_recipe(write(), ["tune.tuners.0.distill.depth=3"], registry)
 
 
 def test_a_wrong_fragment_names_its_method(registry, write, monkeypatch):
