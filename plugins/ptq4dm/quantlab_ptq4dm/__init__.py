@@ -1,0 +1,11 @@
+"""PTQ4DM: calibration samples from the reverse process at normally distributed timesteps."""
+
+from pathlib import Path
+
+from quantlab import Method, hookimpl, method_from_yaml
+
+
+@hookimpl
+def quantlab_methods() -> list[Method]:
+    """PTQ4DM and its variants."""
+    return [method_from_yaml(path) for path in sorted(Path(__file__).with_name("methods").glob("*.yaml"))]
