@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantlab.errors import QuantlabError, RecipeError, unforeseen
+from quantlab.errors import QuantlabError, RecipeError, Stopped, unforeseen
+from quantlab.report.compare import Better
+from quantlab.report.formats import TableFormat
 
 if TYPE_CHECKING:
     from quantlab.recipe.load import LoadedRecipe
@@ -44,11 +46,11 @@ VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="more lines
 QuietOption = Annotated[bool, typer.Option("--quiet", help="the result only")]
 JsonOption = Annotated[bool, typer.Option("--json", help="the result as JSON on standard output")]
 OnlyOption = Annotated[list[str], typer.Option("--only", metavar="KEY=VALUE", help="the cells with this value")]
+JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="processes, each with one cell and one thread")]
+ByOption = Annotated[str, typer.Option("--by", metavar="METRIC", help="the metric that methods are judged by")]
+BudgetOption = Annotated[list[str], typer.Option("--budget", metavar="KEY=A,B", help="another key of the budget")]
+FormatOption = Annotated[TableFormat, typer.Option("--format", help="of the table on standard output")]
 RUNS = Path("runs")
-
-
-class Stopped(BaseException):
-    """A signal asks to end. No KeyboardInterrupt: when one passes through ``exec``, Python ends as if by SIGINT."""
 
 
 @contextmanager
@@ -264,19 +266,76 @@ def bench(
     plugins: PluginOption = [],  # noqa: B006
     runs_dir: RunsOption = RUNS,
     only: OnlyOption = [],  # noqa: B006
+    jobs: JobsOption = 1,
+    wanted: FormatOption = TableFormat.MARKDOWN,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run a matrix of recipes, methods and seeds, one after the other; what is there already is skipped."""
+    """Run a matrix of recipes, methods and seeds; what is there already is skipped."""
     with told(verbose):
         from quantlab.bench import bench as run_bench
+        from quantlab.bench import launcher_for
         from quantlab.plugins import load_registry
         from quantlab.report.console import make_console
 
-        console = make_console(verbose=verbose, quiet=quiet)
-        result = run_bench(recipe, load_registry(plugins), runs_dir, console, only)
-        print(result.table())
+        registry, console = load_registry(plugins), make_console(verbose=verbose, quiet=quiet)
+        result = run_bench(recipe, registry, runs_dir, console, only, launcher_for(jobs, registry))
+        print(result.table(wanted))
     if result.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, folders or files of results")],
+    by: ByOption = "fid-to-teacher",
+    better: Annotated[Better | None, typer.Option("--better", help="which end of a plugin's metric is good")] = None,
+    wanted: FormatOption = TableFormat.MARKDOWN,
+    verbose: VerboseOption = False,
+) -> None:
+    """Rank measured methods of one protocol; results of several are not ranked beside one another."""
+    with told(verbose):
+        from quantlab.report.compare import compare as compare_rows
+        from quantlab.report.sources import read_rows
+
+        comparison = compare_rows(read_rows(paths), by, better)
+        print(comparison.render(wanted))
+    if not comparison.comparable:
+        _leave("not comparable, so ranked apart; the protocols differ in\n  " + "\n  ".join(comparison.differing), 1)
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    weight_bits: Annotated[str, typer.Option("--weight-bits", metavar="2,3,4", help="mean bits of weights")] = "",
+    activation_bits: Annotated[str, typer.Option("--activation-bits", metavar="4,8", help="of activations")] = "",
+    budgets: BudgetOption = [],  # noqa: B006
+    seeds: Annotated[str, typer.Option("--seeds", metavar="1,2", help="of every budget")] = "1",
+    by: ByOption = "fid-to-teacher",
+    overrides: SetOption = [],  # noqa: B006
+    profile: ProfileOption = None,
+    plugins: PluginOption = [],  # noqa: B006
+    runs_dir: RunsOption = RUNS,
+    results: Annotated[Path, typer.Option("--results", help="folder of the result files")] = Path("results/sweep"),
+    jobs: JobsOption = 1,
+    wanted: FormatOption = TableFormat.MARKDOWN,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run one method over budgets, and find those on the front of size and quality."""
+    with told(verbose):
+        from quantlab.bench import Sweep, budgets_from, launcher_for, seeds_from
+        from quantlab.bench import sweep as run_sweep
+        from quantlab.plugins import load_registry
+        from quantlab.report.console import make_console
+
+        varied = budgets_from([f"weight_bits={weight_bits}", f"activation_bits={activation_bits}", *budgets])
+        asked = Sweep(recipe, varied, seeds_from(seeds), overrides, profile, by, results)
+        registry, console = load_registry(plugins), make_console(verbose=verbose, quiet=quiet)
+        result = run_sweep(asked, registry, runs_dir, console, launcher_for(jobs, registry))
+        print(result.table(wanted))
+        console.info(f"picture: {result.write()}")
+    if result.bench.failures:
         raise typer.Exit(1)
 
 

@@ -68,6 +68,10 @@ class NonFiniteError(QuantlabError):
     """A tensor holds NaN or infinity; the message names the first site where it does."""
 
 
+class Stopped(BaseException):
+    """A signal asks to end. No KeyboardInterrupt: when one passes through ``exec``, Python ends as if by SIGINT."""
+
+
 def unforeseen(error: Exception) -> QuantlabError:
     """What an error that nobody caught means to a person: a refusal of the machine, or a defect and its place."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]

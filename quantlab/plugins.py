@@ -95,6 +95,7 @@ class Registry:
     manager: pluggy.PluginManager
     broken: list[Broken] = field(default_factory=list)
     _entries: dict[Kind, Mapping[str, Entry]] = field(default_factory=dict)
+    paths: tuple[Path, ...] = ()  # the folders of plugins that are not installed, for a process that needs the same
 
     def entries(self, kind: Kind) -> Mapping[str, Entry]:
         """Everything of a kind, by name, in alphabetical order.
@@ -203,7 +204,7 @@ def load_registry(paths: Sequence[str | Path] = ()) -> Registry:
     if os.environ.get(TRACE_VARIABLE, "0") not in ("", "0"):
         manager.trace.root.setwriter(lambda message: print(message, end="", file=sys.stderr))
         manager.enable_tracing()
-    registry = Registry(manager)
+    registry = Registry(manager, paths=tuple(map(Path, paths)))
     for entry in entry_points(group=GROUP):
         try:
             _register(manager, entry.load(), _origin(entry))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
-    context = RunContext(Store(options.runs_dir), folder, loaded.registry, console)
+    context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
     describe.begin(context, loaded, options.device, options.dtype)
 
     captured = prepare.capture(context, task)
@@ -79,10 +80,11 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     console.info(coverage)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     reference = evaluate.reference(context, task, captured, recipe.sampling, recipe.evaluate)
-    protocol = evaluate.protocol_id(context, task, recipe.sampling, recipe.evaluate, plan)
+    protocol = evaluate.protocol(context, task, recipe.sampling, recipe.evaluate, plan)
 
     measured = evaluate.evaluate(context, task, reference, None, recipe.evaluate, "float")
-    rows = [float_row(recipe, measured, float_model, protocol)]
+    other = evaluate.other_noise(context, task, reference, recipe.evaluate)
+    rows = [float_row(recipe, measured, float_model, protocol, other)]
     images = [(FULL_PRECISION, measured.images)]
     baselines = [name for name in dict.fromkeys(recipe.baselines) if name != recipe.method]
     for method in (*baselines, recipe.method):
@@ -177,11 +179,32 @@ def quiet() -> Console:
     return make_console(quiet=True)
 
 
-def float_row(recipe: Recipe, measured: evaluate.Measured, float_model: FloatModel, protocol: str) -> Row:
+def float_row(
+    recipe: Recipe,
+    measured: evaluate.Measured,
+    float_model: FloatModel,
+    protocol: evaluate.Protocol,
+    other_noise: Mapping[str, float | None],
+) -> Row:
     """The full-precision row."""
-    size = float_model.total_bytes
     return Row(
-        FULL_PRECISION, recipe.model.name, 32, 32, size, size, 0.0, measured.metrics, 0.0, protocol, 0, True, False, ""
+        method=FULL_PRECISION,
+        model=recipe.model.name,
+        weight_bits=32,
+        activation_bits=32,
+        size_bytes=float_model.total_bytes,
+        float_bytes=float_model.total_bytes,
+        coverage=0.0,
+        metrics=measured.metrics,
+        seconds=0.0,
+        protocol=protocol.digest,
+        seed=0,
+        data_free=True,
+        simulated=False,
+        allocation="",
+        intervals=measured.intervals,
+        protocol_fields=protocol.fields,
+        other_noise=other_noise,
     )
 
 
@@ -193,7 +216,7 @@ def quantized_row(
     measured: evaluate.Measured,
     float_model: FloatModel,
     seconds: float,
-    protocol: str,
+    protocol: evaluate.Protocol,
 ) -> Row:
     """The row of a method."""
     cost = student_cost(final.student, final.bit_map, float_model)
@@ -208,9 +231,11 @@ def quantized_row(
         coverage=cost.coverage,
         metrics=measured.metrics,
         seconds=seconds,
-        protocol=protocol,
+        protocol=protocol.digest,
         seed=arm.seed,
         data_free=loaded.registry.method(arm.method).data_free,
         simulated=True,
         allocation=str(quantize.bit_map_to_json(final.bit_map)["digest"]),
+        intervals=measured.intervals,
+        protocol_fields=protocol.fields,
     )

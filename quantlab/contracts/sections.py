@@ -125,6 +125,7 @@ class Evaluate(Strict):
     metrics: tuple[str, ...] = ("fid", "fid-to-teacher", "is", "precision-recall", "accuracy", "paired-error")
     noise_seed: int = Field(default=5, ge=0, le=MAX_SEED, description="of the initial noise; the same for every method")
     grid: int = Field(default=16, ge=0, description="images in the sample grid")
+    bootstrap: int = Field(default=0, ge=0, description="resamples of the images for the interval of one seed; 0: none")
 
     @property
     def noise_seeds(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -32,13 +32,29 @@ class SampleSet:
     teacher_features: Tensor
     reference_features: Tensor
 
+    def pick(self, index: Tensor) -> SampleSet:
+        """The set with other images in place of its own; what they are compared with stays."""
+        return replace(self, **{name: getattr(self, name)[index] for name in OF_EACH_IMAGE})
+
+
+OF_EACH_IMAGE = ("images", "labels", "features", "logits", "teacher_images")
+"""What of a SampleSet belongs to an image."""
+
 
 class ImageMetric(ABC):
-    """A number about a set of images."""
+    """A number about a set of images.
+
+    Attributes:
+        paired: it compares each image with the float image of the same noise, and means nothing for other noise.
+        resamples: its value over images drawn with replacement tells how it varies; false for neighbourhoods, which
+            the same image drawn twice would shrink to nothing.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
+    paired: ClassVar[bool] = False
+    resamples: ClassVar[bool] = True
     Config: ClassVar[type[BaseModel]]
 
     @abstractmethod

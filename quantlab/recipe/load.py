@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 
 from quantlab.errors import RecipeError, nearest
@@ -66,6 +67,15 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class RecipeFile:
+    """A recipe as its files say it, read but not checked."""
+
+    path: Path
+    text: str
+    layers: Layers
+
+
+@dataclass(frozen=True)
 class LoadedRecipe:
     """A checked recipe with its history.
 
@@ -103,16 +113,25 @@ def load_recipe(
     Raises:
         RecipeError: anything wrong with the recipe, with file and line.
     """
-    registry = registry or load_registry()
+    return resolve_recipe(read_recipe(path_or_name, profile), overrides, registry or load_registry())
+
+
+def read_recipe(path_or_name: str | Path, profile: str | None = None) -> RecipeFile:
+    """Read a recipe and all that it extends; raises RecipeError for what can be seen before overrides are known."""
     path = find_recipe(path_or_name)
     own, text = _read(path)
     base, profiles = _extended(own, path, ())
     base = merge(Node({"name": node_of(recipe_name(path), "the file's name")}, str(path)), base)
     own, own_profiles = _split(own)
     chosen = _choose_profile(merge(profiles, own_profiles), profile, path)
-    layers = Layers(base, own, chosen, tuple(map(parse_override, overrides)))
+    return RecipeFile(path, text, Layers(base, own, chosen, ()))
+
+
+def resolve_recipe(file: RecipeFile, overrides: Sequence[str], registry: Registry) -> LoadedRecipe:
+    """The checked recipe of a file that was read once for many overrides; raises as ``load_recipe``."""
+    layers = replace_fields(file.layers, overrides=tuple(map(parse_override, overrides)))
     recipe, root = _resolve(layers, registry)
-    loaded = LoadedRecipe(recipe, _origins(recipe, root), text, path, registry, layers)
+    loaded = LoadedRecipe(recipe, _origins(recipe, root), file.text, file.path, registry, layers)
     for index, baseline in enumerate(recipe.baselines):
         registry.method(baseline, root.reach(("baselines", index))[0].origin)
         for_method(loaded, baseline)

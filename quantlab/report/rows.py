@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 from quantlab.errors import ArtefactError
 from quantlab.store import JSON
@@ -31,6 +31,9 @@ class Row:
         data_free: no training data were used.
         simulated: computed in float with quantized values.
         allocation: hash of the bit map, "" for full precision.
+        intervals: 95 % interval of a metric over resampled images, by metric, where a bootstrap was asked for.
+        protocol_fields: what the protocol's id is the hash of; empty in rows of earlier versions.
+        other_noise: of full precision alone: its metrics with other noise, without those of paired images.
     """
 
     method: str
@@ -47,6 +50,9 @@ class Row:
     data_free: bool
     simulated: bool
     allocation: str
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    protocol_fields: Mapping[str, JSON] = field(default_factory=dict)
+    other_noise: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def smaller(self) -> float:
@@ -70,6 +76,7 @@ def row_from_json(content: Mapping[str, object], where: str = "") -> Row:
             allowed=str(SCHEMA_VERSION),
         )
     try:
-        return Row(**fields)  # type: ignore[arg-type]
-    except TypeError as error:
+        row = Row(**fields)  # type: ignore[arg-type]
+        return replace(row, intervals={name: (low, high) for name, (low, high) in row.intervals.items()})
+    except (AttributeError, TypeError, ValueError) as error:
         raise ArtefactError("this is no result row", where=where or None, got=error) from error

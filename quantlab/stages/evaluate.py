@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from quantlab.allocation.student import tapped_run
 from quantlab.contracts.model import GenerativeTask, Progress, Run
 from quantlab.contracts.sections import Choice, Evaluate, Sampling
 from quantlab.errors import NonFiniteError
-from quantlab.evaluation.samples import SampleSet
+from quantlab.evaluation.bootstrap import bootstrap
+from quantlab.evaluation.samples import ImageMetric, SampleSet
 from quantlab.plugins import Kind
 from quantlab.stages.context import RunContext, as_json
 from quantlab.stages.prepare import Captured, fingerprint, layer_set_digest
@@ -25,8 +27,11 @@ from quantlab.store import JSON, StageFolder, digest_of
 
 REFERENCE_VERSION = 1
 EVALUATE_VERSION = 1
+OTHER_NOISE_VERSION = 1
 STEP_NOISE = 1_000_000_007
 """Added to the noise seed and an image's index for the noise that eta > 0 adds to that image."""
+BOOTSTRAP_NOISE = 2_000_000_011
+"""Added to the noise seed for the images that a bootstrap draws."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,24 @@ class ReferenceImages:
 
 @dataclass(frozen=True)
 class Measured:
-    """Metric values of one method, and its images."""
+    """Metric values of one method, and its images; 95 % intervals by metric where a bootstrap was asked for."""
 
     metrics: dict[str, float | None]
     images: Tensor
     stage: StageFolder
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that must be equal for two rows to be compared; a method's own seed is not part of it."""
+
+    fields: Mapping[str, JSON]
+
+    @property
+    def digest(self) -> str:
+        """The protocol id."""
+        return digest_of(self.fields)
 
 
 def draw(task: GenerativeTask, run: Run, settings: Evaluate, seed: int, progress: Progress) -> Tensor:
@@ -125,41 +143,83 @@ def evaluate(
         "metrics": list(settings.metrics),
         "plugins": context.versions(*((Kind.METRIC, choice) for choice in names)),
     }
+    if settings.bootstrap:
+        key["bootstrap"] = settings.bootstrap
 
     def compute(folder: Path, progress: Progress) -> None:
         if quantized is None:
             images = reference_images.images
         else:
             images = draw(task, quantized.student.run, settings, settings.noise_seed, progress)
-        features, logits = (part.cpu() for part in task.judge(images.to(task.device)))
-        samples = SampleSet(
-            images=images,
-            labels=task.labels(len(images)).cpu(),
-            features=features,
-            logits=logits,
-            teacher_images=reference_images.images,
-            teacher_features=task.judge(reference_images.other.to(task.device))[0].cpu(),
-            reference_features=task.reference().features.cpu(),
-        )
-        values: dict[str, float | None] = {}
-        for choice in names:
-            for name, value in context.registry.create(Kind.METRIC, choice).compute(samples).items():
-                if math.isnan(value):
-                    raise NonFiniteError("a metric is not a number", where=f"metric {name}", got=f"{arm}, {value}")
-                # Equal images have an infinite PSNR, which JSON cannot hold.
-                values[name] = value if math.isfinite(value) else None
+        samples = sample_set(task, images, reference_images.images, reference_images.other)
+        metrics = [context.registry.create(Kind.METRIC, choice) for choice in names]
+        values = measure(metrics, samples, arm)
         (folder / "metrics.json").write_text(json.dumps(values, indent=1))
+        if settings.bootstrap:
+            rng = torch.Generator().manual_seed(settings.noise_seed + BOOTSTRAP_NOISE)
+            found = bootstrap(metrics, samples, values, settings.bootstrap, rng, progress)
+            (folder / "intervals.json").write_text(json.dumps(found, indent=1))
         save_file({"images": images}, folder / "images.safetensors")
 
     stage = context.stage("evaluate", f"{arm}: draw and measure", key, compute, link=f"{arm}/evaluate")
     metrics = json.loads(stage.file("metrics.json").read_text())
-    return Measured(metrics, load_file(stage.file("images.safetensors"))["images"], stage)
+    intervals = json.loads(stage.file("intervals.json").read_text()) if settings.bootstrap else {}
+    pairs = {name: (low, high) for name, (low, high) in intervals.items()}
+    return Measured(metrics, load_file(stage.file("images.safetensors"))["images"], stage, pairs)
 
 
-def protocol_id(context: RunContext, task: GenerativeTask, sampling: Sampling, settings: Evaluate, plan: Plan) -> str:
-    """Hash of everything that must be equal for two rows to be compared; a method's own seed is not part of it."""
+def other_noise(
+    context: RunContext, task: GenerativeTask, reference_images: ReferenceImages, settings: Evaluate
+) -> dict[str, float | None]:
+    """The metrics of the float model's images from other noise: how far they lie from its own row is noise alone."""
+    found = [context.registry.create(Kind.METRIC, Choice(name=name)) for name in settings.metrics]
+    metrics = [metric for metric in found if not metric.paired]
+    key: dict[str, JSON] = {
+        "version": OTHER_NOISE_VERSION,
+        "reference": reference_images.stage.digest,
+        "judged_by": task.reference().digest,
+        "metrics": {metric.name: metric.version for metric in metrics},
+    }
+
+    def compute(folder: Path, progress: Progress) -> None:
+        samples = sample_set(task, reference_images.other, reference_images.other, reference_images.images)
+        values = measure(metrics, samples, "float, other noise")
+        (folder / "metrics.json").write_text(json.dumps(values, indent=1))
+
+    stage = context.stage("noise", "float, other noise: measure", key, compute, link="other-noise/evaluate")
+    return json.loads(stage.file("metrics.json").read_text())
+
+
+def sample_set(task: GenerativeTask, images: Tensor, teacher_images: Tensor, other: Tensor) -> SampleSet:
+    """Images with what they are compared with: the float model's of the same and of other noise, and real ones."""
+    features, logits = (part.cpu() for part in task.judge(images.to(task.device)))
+    return SampleSet(
+        images=images,
+        labels=task.labels(len(images)).cpu(),
+        features=features,
+        logits=logits,
+        teacher_images=teacher_images,
+        teacher_features=task.judge(other.to(task.device))[0].cpu(),
+        reference_features=task.reference().features.cpu(),
+    )
+
+
+def measure(metrics: Sequence[ImageMetric], samples: SampleSet, arm: str) -> dict[str, float | None]:
+    """Every metric's values by name; None for infinity. Raises NonFiniteError for what is not a number."""
+    values: dict[str, float | None] = {}
+    for metric in metrics:
+        for name, value in metric.compute(samples).items():
+            if math.isnan(value):
+                raise NonFiniteError("a metric is not a number", where=f"metric {name}", got=f"{arm}, {value}")
+            # Equal images have an infinite PSNR, which JSON cannot hold.
+            values[name] = value if math.isfinite(value) else None
+    return values
+
+
+def protocol(context: RunContext, task: GenerativeTask, sampling: Sampling, settings: Evaluate, plan: Plan) -> Protocol:
+    """What a row of this run may be compared by."""
     metrics = [Choice(name=name) for name in settings.metrics]
-    return digest_of(
+    return Protocol(
         {
             "weights": fingerprint(task),
             "reference_set": task.reference().digest,

@@ -81,19 +81,32 @@ def append_event(folder: Path, record: Mapping[str, JSON]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock that ends with the process; raises ArtefactError when another process has it."""
+def locked(path: Path, name: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a lock that the system takes back when its process ends, however it ends.
+
+    Args:
+        path: the lock's file.
+        name: the stage it is about.
+        waiting: is told when another process has the lock, which is then waited for; without it that is an error.
+
+    Raises:
+        ArtefactError: another process has it and nobody wants to wait, or this very process has it.
+    """
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise ArtefactError(
-                f'another process is writing the stage "{name}"',
-                where=str(path),
-                got=f"process {file.read().strip() or 'unknown'}",
-                next_step="wait for it, or end it; then give the same command again",
-            ) from error
+            holder = file.read().strip() or "unknown"
+            if waiting is None or holder == str(os.getpid()):
+                raise ArtefactError(
+                    f'another process is writing the stage "{name}"',
+                    where=str(path),
+                    got=f"process {holder}",
+                    next_step="wait for it, or end it; then give the same command again",
+                ) from error
+            waiting(f'waiting for process {holder}, which is writing the stage "{name}"')
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

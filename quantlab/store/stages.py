@@ -49,10 +49,16 @@ class StageFolder:
 
 
 class Store:
-    """All stages under one root folder."""
+    """All stages under one root folder.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: the folder of all runs.
+        waiting: is told when another process is writing a stage that is asked for; it is then waited for. Without it
+            that is an error.
+    """
+
+    def __init__(self, root: Path, waiting: Callable[[str], None] | None = None) -> None:
+        self.root, self.waiting = root, waiting
         self.folder = root / STORE_FOLDER
 
     def stage(
@@ -69,13 +75,14 @@ class Store:
                 what it finds there; its files must then be written atomically.
 
         Raises:
-            ArtefactError: a file is truncated or foreign, another process is writing the stage, or the disk is full.
+            ArtefactError: a file is truncated or foreign, the disk is full, or another process is writing the stage and
+                the store does not wait.
         """
         digest = digest_of({"stage": name, "key": key})
         path = self.folder / f"{name}-{digest}"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with locked(path.with_name(f"{path.name}.lock"), name):
+            with locked(path.with_name(f"{path.name}.lock"), name, self.waiting):
                 if not path.exists():  # another process may have written it before the lock was ours
                     seconds = _compute(path, name, key, compute, resumable)
                     return StageFolder(name, digest, path, reused=False, seconds=seconds)

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantlab import bench as benches
-from quantlab.bench import bench, cells
+from quantlab.bench import bench, cells, worker
 from quantlab.errors import ArtefactError, ModelError, RecipeError
 from quantlab.plugins import load_registry
 from quantlab.report.console import make_console
@@ -53,7 +52,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         row = Row(recipe.method, "digits", 2, 4, 1, 8, 1.0, {"fid": 1.0}, 1.0, "p", recipe.seed, True, True, "a")
         return SimpleNamespace(rows=(row,))
 
-    monkeypatch.setattr(benches, "run", run)
+    monkeypatch.setattr(worker, "run", run)
     return done
 
 

@@ -255,7 +255,7 @@ def test_an_unknown_zoo_model_has_the_known_ones(tmp_path):
 @pytest.mark.parametrize(("failures", "code"), [({}, 0), ({"seed=1": "it broke"}, 1)])
 def test_a_bench_with_a_failed_cell_ends_with_code_1(monkeypatch, failures, code):
     def bench(*arguments: object) -> SimpleNamespace:
-        return SimpleNamespace(table=lambda: "the table", failures=failures)
+        return SimpleNamespace(table=lambda wanted: "the table", failures=failures)
 
     monkeypatch.setattr("quantlab.bench.bench", bench)
     result = call("bench", "any.yaml")

@@ -18,6 +18,7 @@ class PairedError(ImageMetric):
     """Error to the float image of the same noise; far less noisy than FID."""
 
     name: ClassVar[str] = "paired-error"
+    paired: ClassVar[bool] = True
     Config = NoOptions
 
     def __init__(self, config: NoOptions) -> None:

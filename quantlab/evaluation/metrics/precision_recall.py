@@ -59,6 +59,7 @@ class PrecisionRecall(ImageMetric):
     """How much of what is generated looks real, and how much of what is real is generated."""
 
     name: ClassVar[str] = "precision-recall"
+    resamples: ClassVar[bool] = False
     paper: ClassVar[str | None] = "Kynkäänniemi et al. 2019, arXiv 1904.06991"
     Config = PrecisionRecallConfig
 
