@@ -66,7 +66,7 @@ def read_rows(paths: Sequence[Path]) -> list[ValuedRow]:
 def _sources(path: Path) -> Iterable[_Source]:
     if (path / RUN_RESULT).is_file():
         yield _of_run(path)
-    elif path.is_dir():
+    elif path.is_dir() or not path.exists():
         files = [file for file in sorted(path.glob("*.json")) if file.stem not in (SUMMARY, PARETO)]
         if not files:
             raise ArtefactError(
