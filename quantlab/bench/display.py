@@ -105,16 +105,16 @@ class LiveDisplay(Display):
         self.bars: dict[str, tuple[TaskID, str]] = {}
 
     def started(self, job: CellJob) -> None:
-        """Add a bar above that of all cells."""
+        """Add a bar below that of all cells."""
         self.bars[job.result] = self.progress.add_task(job.title, total=None, left=""), ""
 
     def stage(self, job: CellJob, title: str, done: int, total: int) -> None:
         """Move the cell's bar; each stage begins it anew."""
         bar, before = self.bars[job.result]
         if title != before:
-            self.progress.reset(bar, total=None, description=f"{job.title}: {title}")
+            self.progress.reset(bar, description=f"{job.title}: {title}")
             self.bars[job.result] = bar, title
-        self.progress.update(bar, completed=done, total=total or None)
+        self.progress.update(bar, completed=done, total=total or 1)  # a total cannot become unknown again
 
     def ends(self, outcome: Outcome) -> None:
         """Take the cell's bar away and move that of all cells."""

@@ -66,9 +66,9 @@ def _send(message: Message) -> None:
     print(json.dumps(message), flush=True)
 
 
-def _watch_input() -> None:
+def _watch_input(descriptor: int = 0) -> None:
     """Ask the process to stop at the end of its input; unbuffered, since Python ends while this still reads."""
-    while os.read(0, 1024):
+    while os.read(descriptor, 1024):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

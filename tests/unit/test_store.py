@@ -164,6 +164,61 @@ def test_one_process_writes_a_stage_at_a_time(tmp_path):
     store.stage("a", {}, compute)
 
 
+def test_a_store_that_waits_takes_what_another_process_computes(tmp_path):
+    """The other one holds the lock while it computes; the first thing that is said here lets it go on."""
+    script = f"""
+import sys
+from pathlib import Path
+from quantlab.store import Store
+def compute(folder):
+    print("computing", flush=True)
+    sys.stdin.readline()
+    (folder / "x").write_text("theirs")
+Store(Path({str(tmp_path)!r})).stage("a", {{}}, compute)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None and other.stdout.readline() == b"computing\n"
+        told = []
+
+        def waiting(message: str) -> None:
+            told.append(message)
+            other.stdin.write(b"\n")
+            other.stdin.flush()
+
+        stage = Store(tmp_path, waiting).stage("a", {}, never)
+    assert stage.reused and stage.file("x").read_text() == "theirs"
+    assert told == [f'waiting for process {other.pid}, which is writing the stage "a"']
+
+
+def test_a_store_that_waits_does_not_wait_for_the_dead(tmp_path):
+    """Killed while it computes: the one that waits computes anew."""
+    script = f"""
+import time
+from pathlib import Path
+from quantlab.store import Store
+def compute(folder):
+    (folder / "half").write_text("")
+    print("computing", flush=True)
+    time.sleep(600)
+Store(Path({str(tmp_path)!r})).stage("a", {{}}, compute)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"computing\n"
+        stage = Store(tmp_path, lambda message: other.kill()).stage("a", {}, write("mine"))
+    assert not stage.reused and not (stage.path / "half").exists()
+
+
+def test_a_store_that_waits_does_not_wait_for_itself(tmp_path):
+    store = Store(tmp_path, lambda message: None)
+
+    def compute(folder: Path) -> None:
+        with pytest.raises(ArtefactError, match="another process is writing"):
+            store.stage("a", {}, never)
+        (folder / "x").write_text("x")
+
+    store.stage("a", {}, compute)
+
+
 def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     atomic_write_text(path, "old")

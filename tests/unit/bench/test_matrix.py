@@ -10,9 +10,10 @@ import pytest
 from quantlab.bench import bench, cells, worker
 from quantlab.errors import ArtefactError, ModelError, RecipeError
 from quantlab.plugins import load_registry
+from quantlab.recipe import layers
 from quantlab.report.console import make_console
 from quantlab.report.rows import Row
-from quantlab.store import atomic_write_text
+from quantlab.store import atomic_write_text, read_json
 
 FILE = """\
 version: 1
@@ -35,6 +36,12 @@ def write(tmp_path: Path):
     return write_bench
 
 
+def succeed(loaded, options) -> SimpleNamespace:
+    recipe = loaded.recipe
+    row = Row(recipe.method, "digits", 2, 4, 1, 8, 1.0, {"fid": 1.0}, 1.0, "p", recipe.seed, True, True, "a")
+    return SimpleNamespace(rows=(row,))
+
+
 def go(path: Path, only: tuple[str, ...] = ()):
     return bench(path, load_registry(), path.parent / "runs", make_console(quiet=True), only)
 
@@ -49,8 +56,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(f"{recipe.method} {recipe.seed}")
         if recipe.seed == 2:
             raise ModelError("it broke") if recipe.method == "mse" else ZeroDivisionError("a plugin's own defect")
-        row = Row(recipe.method, "digits", 2, 4, 1, 8, 1.0, {"fid": 1.0}, 1.0, "p", recipe.seed, True, True, "a")
-        return SimpleNamespace(rows=(row,))
+        return succeed(loaded, options)
 
     monkeypatch.setattr(worker, "run", run)
     return done
@@ -69,6 +75,39 @@ def test_a_failing_cell_is_told_and_the_others_go_on(write, ran) -> None:
     assert result.failures["seed=2, method=mse"] == "it broke"
     assert "ZeroDivisionError: a plugin's own defect" in result.failures["seed=2, method=min-max"]
     assert "failed: seed=2, method=mse" in (result.folder / "summary.md").read_text()
+    (file,) = result.folder.glob("2-mse-*.failed.txt")
+    assert file.read_text() == "seed=2, method=mse\n\nit broke\n"
+
+
+def test_a_failed_cell_is_run_again_and_its_file_goes_when_it_succeeds(write, ran, monkeypatch) -> None:
+    go(write())
+    monkeypatch.setattr(worker, "run", succeed)
+    result = go(write())
+    assert ran.count("min-max 1") == 1 and not result.failures and len(result.rows) == 4
+    assert not list(result.folder.glob("*.failed.txt"))
+
+
+def test_a_failure_stays_in_the_summary_while_other_cells_run(write, ran) -> None:
+    go(write(), ("seed=2",))
+    result = go(write(), ("seed=1",))
+    assert not result.failures, "of the cells that were asked for"
+    assert "failed: seed=2, method=mse" in (result.folder / "summary.md").read_text()
+
+
+def test_the_summary_is_written_in_every_format(write, ran) -> None:
+    folder = go(write(f"{FILE}baseline: min-max\n"), ("seed=1",)).folder
+    assert {file.suffix for file in folder.glob("summary.*")} == {".md", ".csv", ".json", ".tex"}
+    assert "fid minus min-max" in (folder / "summary.md").read_text()
+    (line,) = [line for line in read_json(folder / "summary.json")["lines"] if line["method"] == "mse"]
+    assert line["differences"]["fid"]["mean"] == 0
+
+
+def test_a_recipe_is_read_once_for_all_cells(write, monkeypatch) -> None:
+    read = []
+    original = layers.read_yaml
+    monkeypatch.setattr("quantlab.recipe.load.read_yaml", lambda path: read.append(path) or original(path))
+    assert len(cells(write(FILE.replace("[1, 2]", str(list(range(10, 59))))), load_registry())) == 98
+    assert len(read) == 2, "the recipe and its base"
 
 
 def test_what_is_there_already_is_skipped(write, ran) -> None:
@@ -96,6 +135,8 @@ def test_a_damaged_result_is_told(write, ran, text) -> None:
         (FILE.replace("mpq-dm-w2a4", "mpq-dm-w9a9"), ["small.yaml", 'no recipe "digits/mpq-dm-w9a9"']),
         (FILE.replace("seed:", "sede:"), ["small.yaml", 'unknown key "sede"', 'did you mean "seed"']),
         (FILE.replace("mse]", "msee]"), ["small.yaml", 'no method "msee"']),
+        (f"{FILE}baseline: msee\n", ["small.yaml", 'the baseline "msee"', 'did you mean "mse"']),
+        (f"{FILE}profile: smok\n", ["small.yaml", 'no profile "smok"', 'did you mean "smoke"']),
         (FILE.replace("[1, 2]", "[]"), ["small.yaml", "no cell", "at least one value"]),
     ],
 )
