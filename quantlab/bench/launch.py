@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from quantlab.bench.cells import CellJob
-from quantlab.bench.relay import Level, Message, RelayConsole
+from quantlab.bench.relay import Level, Message, RelayConsole, read_message
 from quantlab.bench.worker import TIED, run_cell
 from quantlab.plugins import Registry
 
@@ -149,13 +148,11 @@ def _start(command: Sequence[str], job: CellJob, lines: SimpleQueue[tuple[str, s
 
 def _hear(worker: _Worker, line: str, watcher: Watcher) -> None:
     """A message of a worker; a line that is none, as of a library's warning, is handed on as a detail."""
-    try:
-        message = json.loads(line)
-        assert isinstance(message, dict)
-    except (ValueError, AssertionError):
+    message = read_message(line)
+    if message is None:
         worker.words.append(line)
-        message = {"say": Level.DETAIL, "text": line}
-    if "failed" in message:
+        watcher.heard(worker.job, {"say": Level.DETAIL, "text": line})
+    elif "failed" in message:
         worker.failure = str(message["failed"])
     else:
         watcher.heard(worker.job, message)

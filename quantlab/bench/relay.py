@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,15 @@ class Level(StrEnum):
     DETAIL = "detail"
     INFO = "info"
     WARNING = "warning"
+
+
+def read_message(line: str) -> Message | None:
+    """The message that a line of a worker's output is, or None for any other text."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 class RelayConsole(Console):

@@ -29,7 +29,10 @@ def line_record(line: SummaryLine) -> dict[str, JSON]:
         "float_bytes": row.float_bytes,
         "coverage": row.coverage,
         "metrics": {name: interval_record(found) for name, found in line.metrics.items()},
-        "differences": {name: interval_record(found) for name, found in line.differences.items()},
+        "differences": {
+            name: {**interval_record(found), "beyond_noise": found.excludes_zero}
+            for name, found in line.differences.items()
+        },
         "seeds_needed": line.seeds_needed,
         "seconds": line.seconds,
         "data_free": row.data_free,
