@@ -48,11 +48,17 @@ class _Axis:
             value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
-    def ticks(self, count: int = 5) -> list[float]:
-        shares = [index / (count - 1) for index in range(count)]
+    def ticks(self) -> list[float]:
+        """Round values: by 1, 2 or 5 times a power of ten, or these themselves on a logarithmic axis."""
         if self.logarithmic:
-            return [self.low * (self.high / self.low) ** share for share in shares]
-        return [self.low + (self.high - self.low) * share for share in shares]
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
+            rounds = [first * 10.0**power for power in powers for first in (1, 2, 5)]
+            return [value for value in rounds if self.low <= value <= self.high]
+        span = (self.high - self.low) / 4
+        power = 10.0 ** math.floor(math.log10(span))
+        step = max(first * power for first in (1, 2, 5) if first * power <= span)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [index * step for index in range(first, last + 1)]
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> str:

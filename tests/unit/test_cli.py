@@ -3,7 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from quantlab.cli import app
 from quantlab.errors import ModelError
-from quantlab.store import Store, create_run
+from quantlab.report import rows
+from quantlab.store import Store, atomic_write_json, create_run
 
 PLUGIN = """
 from quantlab.contracts.config import Strict
@@ -260,6 +261,53 @@ def test_a_bench_with_a_failed_cell_ends_with_code_1(monkeypatch, failures, code
     monkeypatch.setattr("quantlab.bench.bench", bench)
     result = call("bench", "any.yaml")
     assert (result.exit_code, result.stdout) == (code, "the table\n")
+
+
+def test_a_bench_has_as_many_processes_and_the_format_that_were_asked_for(monkeypatch):
+    asked = []
+
+    def bench(*arguments: object) -> SimpleNamespace:
+        asked.append(arguments[-1])
+        return SimpleNamespace(table=lambda wanted: f"as {wanted}", failures={})
+
+    monkeypatch.setattr("quantlab.bench.bench", bench)
+    assert call("bench", "any.yaml", "--jobs", "3", "--format", "latex").stdout == "as latex\n"
+    assert asked[0].jobs == 3
+    assert call("bench", "any.yaml", "--jobs", "0").exit_code == 2
+
+
+def result_file(path: Path, method: str, fid: float, protocol: str, samples: int) -> str:
+    row = rows.Row(method, "digits", 2, 4, 1, 8, 1.0, {"fid-to-teacher": fid}, 1.0, protocol, 1, True, True, "a")
+    row = replace(row, protocol_fields={"samples": samples})
+    atomic_write_json(path, {"values": {}, "rows": [rows.row_to_json(row)]})
+    return str(path)
+
+
+def test_what_is_not_comparable_is_ranked_apart_and_ends_with_code_1(tmp_path):
+    one = result_file(tmp_path / "1.json", "mse", 2.0, "p", 10)
+    two = result_file(tmp_path / "2.json", "min-max", 1.0, "p", 10)
+    other = result_file(tmp_path / "3.json", "omq", 1.5, "q", 20)
+    together = call("compare", one, two, "--format", "csv")
+    assert together.exit_code == 0 and together.stdout.index("1,digits,min-max") < together.stdout.index("2,digits,mse")
+    apart = call("compare", one, two, other)
+    assert apart.exit_code == 1 and "samples: 10 (p), 20 (q)" in apart.stderr
+    assert apart.stdout.count("| 1    |") == 2
+    refused = call("compare", one, "--by", "accuracy")
+    assert refused.exit_code == 2 and refused.stdout == "" and "not ranked by accuracy" in refused.stderr
+
+
+def test_a_sweep_hands_on_what_is_varied(monkeypatch, tmp_path):
+    asked = []
+
+    def sweep(wanted: object, *others: object) -> SimpleNamespace:
+        asked.append(wanted)
+        bench = SimpleNamespace(failures={})
+        return SimpleNamespace(table=lambda wanted: "the front", write=lambda: tmp_path, bench=bench)
+
+    monkeypatch.setattr("quantlab.bench.sweep", sweep)
+    result = call("sweep", "r", "--weight-bits", "2,3", "--budget", "extra_bit_fraction=0,0.5", "--seeds", "1,2")
+    assert (result.exit_code, result.stdout) == (0, "the front\n")
+    assert asked[0].budgets == {"weight_bits": [2, 3], "extra_bit_fraction": [0, 0.5]} and asked[0].seeds == [1, 2]
 
 
 def test_runs_are_listed_and_cleaned(tmp_path):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from quantlab.bench import bench, cells, worker
+from quantlab.bench import bench, cells, read_bench, worker
+from quantlab.bench.cells import job_of
 from quantlab.errors import ArtefactError, ModelError, RecipeError
 from quantlab.plugins import load_registry
 from quantlab.recipe import layers
+from quantlab.recipe.load import load_recipe
 from quantlab.report.console import make_console
 from quantlab.report.rows import Row
+from quantlab.run import cell_digest
 from quantlab.store import atomic_write_text, read_json
 
 FILE = """\
@@ -67,6 +71,18 @@ def test_cells_are_all_combinations_and_equal_ones_count_once(write) -> None:
     titles = [cell.title for cell in cells(twice, load_registry())]
     assert titles[:2] == ["seed=1, method=min-max", "seed=1, method=mse"]
     assert titles[4:] == ["seed=1, method=mpq-dm"]
+
+
+def test_a_job_has_all_that_another_process_needs(write, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    registry = replace(load_registry(), paths=(Path("odd"),))
+    path = write(f"{FILE}profile: smoke\n")
+    cell = cells(path, registry)[0]
+    job = job_of(cell, read_bench(path), Path("results"), Path("runs"))
+    assert (job.plugins, job.folder, job.profile) == ((str(tmp_path / "odd"),), str(tmp_path), "smoke")
+    assert all(Path(file).is_absolute() for file in (job.recipe, job.runs_dir, job.result))
+    again = load_recipe(job.recipe, job.overrides, registry, job.profile)
+    assert again.recipe == cell.loaded.recipe and cell_digest(again) == cell.digest
 
 
 def test_a_failing_cell_is_told_and_the_others_go_on(write, ran) -> None:

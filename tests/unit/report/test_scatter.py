@@ -30,6 +30,15 @@ def test_points_are_inside_and_in_their_order(scale: float) -> None:
     assert len(line.get("points", "").split()) == 2, "the front alone is joined"
 
 
+def test_ticks_are_round() -> None:
+    linear = scatter([point(658_588, 12, True), point(1_408_924, 4, True)], "bytes", "fid", "t")
+    texts = [text.text for text in ElementTree.fromstring(linear).iter(f"{SVG}text")]
+    assert texts[:5] == ["600,000", "800,000", "1,000,000", "1,200,000", "1,400,000"]
+    wide = scatter([point(1e5, 300, True), point(2e5, 4, True)], "bytes", "fid", "t")
+    texts = [text.text for text in ElementTree.fromstring(wide).iter(f"{SVG}text")]
+    assert {"5", "10", "20", "50", "100", "200"} <= set(texts)
+
+
 def test_names_are_escaped() -> None:
     root = ElementTree.fromstring(scatter([point(1, 1, True, "<script>")], "bytes", "fid", "<title>"))
     assert "<script>" in [text.text for text in root.iter(f"{SVG}text")]
