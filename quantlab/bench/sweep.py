@@ -16,7 +16,7 @@ from quantlab.plugins import Registry
 from quantlab.recipe.find import find_recipe, recipe_name
 from quantlab.recipe.layers import parse_yaml
 from quantlab.recipe.load import parse_override
-from quantlab.report.compare import Better, direction
+from quantlab.report.compare import Better, check_measured, direction
 from quantlab.report.console import Console
 from quantlab.report.formats import Table, TableFormat
 from quantlab.report.records import line_record
@@ -112,14 +112,17 @@ def sweep(
     """Run a recipe's method at every budget, as a bench does, and find the Pareto front of size and quality.
 
     Raises:
-        RecipeError: no budget is varied, or the metric says nothing about quality or was not measured.
+        RecipeError: no budget is varied, or the metric says nothing about quality, both told before anything runs; or
+            the metric was not measured.
     """
     if not any(wanted.budgets.values()):
         raise RecipeError("a sweep varies a budget", next_step="for example --weight-bits 2,3,4 --activation-bits 4")
+    sign = 1 if direction(wanted.by) is Better.LOWER else -1
     title = f"{recipe_name(find_recipe(wanted.recipe))}, sweep"
     result = run_matrix(wanted.bench_file(), title, Path(), registry, runs_dir, console, (), launcher)
+    if result.rows:
+        check_measured(wanted.by, result.rows)
     lines = [line for line in result.summary().lines if not line.full_precision and wanted.by in line.metrics]
-    sign = 1 if direction(wanted.by, None, result.rows) is Better.LOWER else -1
     lines.sort(key=_bytes)
     front = pareto_front([(_bytes(line), sign * line.metrics[wanted.by].mean) for line in lines])
     return SweepResult(wanted.by, result, lines, front)

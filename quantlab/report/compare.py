@@ -115,7 +115,9 @@ def compare(rows: Sequence[ValuedRow], by: str = "fid-to-teacher", better: Bette
     Raises:
         RecipeError: the metric says nothing about which method is better, or no row has it.
     """
-    lower = direction(by, better, rows) is Better.LOWER
+    if by not in REFUSED:
+        check_measured(by, rows)
+    lower = direction(by, better) is Better.LOWER
     summary = summarize(rows)
     rankings = []
     for protocol in dict.fromkeys(line.rows[0].protocol for line in summary.lines):
@@ -147,15 +149,26 @@ def differing(protocols: Mapping[str, Mapping[str, JSON]]) -> list[str]:
     return told
 
 
-def direction(by: str, better: Better | None, rows: Sequence[ValuedRow]) -> Better:
+def direction(by: str, better: Better | None = None) -> Better:
     """Which end of a metric is the good one; raises RecipeError where that cannot be said."""
-    measured = sorted({name for _, row in rows for name in row.metrics})
     if by in REFUSED:
         raise RecipeError(
-            f"methods are not ranked by {by}: {REFUSED[by]}",
-            where="--by",
-            allowed=", ".join(name for name in measured if name in DIRECTIONS),
+            f"methods are not ranked by {by}: {REFUSED[by]}", where="--by", allowed=", ".join(sorted(DIRECTIONS))
         )
+    known = better or DIRECTIONS.get(by)
+    if known is None:
+        raise RecipeError(
+            f'which end of "{by}" is the good one is not known',
+            where="--by",
+            allowed=f"{', '.join(sorted(DIRECTIONS))}; quantlab compare takes others with --better lower or higher",
+            next_step=nearest(by, DIRECTIONS),
+        )
+    return known
+
+
+def check_measured(by: str, rows: Sequence[ValuedRow]) -> None:
+    """Raise RecipeError for a metric that no row has."""
+    measured = sorted({name for _, row in rows for name in row.metrics})
     if by not in measured:
         raise RecipeError(
             f'no result has the metric "{by}"',
@@ -163,9 +176,3 @@ def direction(by: str, better: Better | None, rows: Sequence[ValuedRow]) -> Bett
             allowed=", ".join(name for name in measured if name not in REFUSED),
             next_step=nearest(by, measured),
         )
-    known = better or DIRECTIONS.get(by)
-    if known is None:
-        raise RecipeError(
-            f'which end of "{by}" is the good one is not known', where="--by", next_step="say --better lower or higher"
-        )
-    return known

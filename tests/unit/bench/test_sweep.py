@@ -73,6 +73,23 @@ def test_a_sweep_varies_something(tmp_path, ran) -> None:
         go(tmp_path, budgets={})
 
 
+@pytest.mark.parametrize(("by", "told"), [("is", "not ranked by is"), ("psnrr", 'did you mean "psnr"')])
+def test_what_says_nothing_about_quality_is_told_before_anything_runs(tmp_path, ran, by: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        go(tmp_path, by)
+    assert ran == []
+
+
+def test_failed_budgets_are_told_and_leave_the_others(tmp_path, ran, monkeypatch) -> None:
+    monkeypatch.setitem(FID, 2, None)  # None + seed / 10 is a TypeError inside the run
+    result = go(tmp_path)
+    assert len(result.lines) == 3 and len(result.bench.failures) == 2
+    assert "failed: seed=1, budget.weight_bits=2" in result.table(TableFormat.MARKDOWN)
+    for bits in FID:
+        monkeypatch.setitem(FID, bits, None)
+    assert go(tmp_path / "none").lines == [] and "<svg" in go(tmp_path / "none").write().read_text()
+
+
 def test_budgets_and_seeds_are_read() -> None:
     texts = ["weight_bits=2,3,4", "activation_bits=", "extra_bit_fraction=0.1"]
     assert budgets_from(texts) == {"weight_bits": [2, 3, 4], "extra_bit_fraction": [0.1]}
