@@ -77,9 +77,9 @@ def test_the_parts_of_v2_are_added_one_by_one(loaded) -> None:
 
     assert parts("mpq-dm") == ("affine", "random", "relation")
     assert parts("mpq-dm-v2-residual") == ("residual", "random", "relation")
-    assert parts("mpq-dm-v2-start") == ("affine", "quantized_base", "relation")
+    assert parts("mpq-dm-v2-start") == ("affine", "quantization_error", "relation")
     assert parts("mpq-dm-v2-memory") == ("affine", "random", "memory-relation")
-    assert parts("mpq-dm-v2") == ("residual", "quantized_base", "memory-relation")
+    assert parts("mpq-dm-v2") == ("residual", "quantization_error", "memory-relation")
 
 
 def test_ptq_has_no_tuner(loaded) -> None:

@@ -21,7 +21,7 @@ from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
 from quantlab.contracts.sections import Activations, Choice, InputsFrom, Weights
 from quantlab.quant.accounting import FloatModel, packed_bytes
-from quantlab.quant.quantizers import AffineQuantizer
+from quantlab.quant.quantizers import AffineConfig, AffineQuantizer
 
 SPEC = QuantSpec(PerChannel(0), round_zero_point=False)
 
@@ -89,19 +89,33 @@ def test_corrections_never_raise_the_error(seed: int, joint: bool, rounded: bool
     assert (found <= greedy * (1 + 1e-5)).all(), "the joint search starts from the base's own"
 
 
-def test_two_bits_with_a_free_zero_point_beat_affine_ones_on_a_gaussian() -> None:
+def affine(weight: Tensor, bits: int) -> Tensor:
+    quantizer = AffineQuantizer.from_spec(SPEC, torch.full((len(weight),), bits, dtype=torch.int8), AffineConfig())
+    quantizer.observe(weight)
+    quantizer.freeze()
+    return quantizer(weight)
+
+
+def test_two_bits_with_a_real_zero_point_beat_affine_ones() -> None:
     weight = weights(channels=64)
-    plain = AffineQuantizer.from_spec(SPEC, torch.full((64,), 2, dtype=torch.int8), AffineQuantizer.Config())
-    plain.observe(weight)
-    plain.freeze()
-    residual = frozen(weight, [2] * 64)
-    assert errors(weight, residual(weight)).sum() < 0.9 * errors(weight, plain(weight)).sum()
+    plain = errors(weight, affine(weight, 2)).sum()
+    assert errors(weight, frozen(weight, [2] * 64)(weight)).sum() < 0.9 * plain
+    integer = frozen(weight, [2] * 64, QuantSpec(PerChannel(0)))
+    assert errors(weight, integer(weight)).sum() > plain, "a base of one bit cannot be centred on 0"
+
+
+def test_a_free_zero_point_after_the_rounding_has_a_level_too_many() -> None:
+    """Why ``base_quantize`` does not take the engine's way: two bits with five levels."""
+    x = torch.linspace(-5, 5, 1001)[None]
+    after = fake_quantize(x, torch.tensor([[1.0]]), torch.tensor([[1.5]]), 3)
+    inside = base_quantize(x, torch.tensor([1.0]), torch.tensor([1.5]), torch.tensor([2]), round_zero_point=False)
+    assert (len(after.unique()), len(inside.unique())) == (5, 4)
 
 
 @pytest.mark.parametrize("bits", [[8] * 6, [5, 6, 6, 6, 6, 7], [1] * 6])
 def test_wide_and_one_bit_layers_are_plain_affine(bits: list[int]) -> None:
     weight = weights()
-    plain = AffineQuantizer.from_spec(SPEC, torch.tensor(bits, dtype=torch.int8), AffineQuantizer.Config())
+    plain = AffineQuantizer.from_spec(SPEC, torch.tensor(bits, dtype=torch.int8), AffineConfig())
     plain.observe(weight)
     plain.freeze()
     quantizer = frozen(weight, bits, QuantSpec(PerChannel(0)))
