@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantlab_mpqdm.residual import ResidualConfig, ResidualQuantizer, base_quantize, fit_corrections
+from quantlab_mpqdm.corrections import base_quantize, fit_corrections
+from quantlab_mpqdm.residual import ResidualConfig, ResidualQuantizer
 from torch import Tensor
 from toys import Toy, make_toy, silent
 
