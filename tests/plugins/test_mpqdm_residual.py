@@ -43,7 +43,7 @@ def errors(weight: Tensor, values: Tensor) -> Tensor:
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_mean_magnitude_is_the_best_scale_of_a_sign(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randn(3, 20, generator=rng, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_every_class_of_channels_is_what_the_figure_draws() -> None:
 
 
 @given(st.integers(0, 1000), st.booleans(), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_corrections_never_raise_the_error(seed: int, joint: bool, rounded: bool) -> None:
     weight, bits = weights(seed), [1, 2, 2, 2, 3, 3]
     spec = QuantSpec(PerChannel(0), round_zero_point=rounded)

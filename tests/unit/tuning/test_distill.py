@@ -19,9 +19,20 @@ from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.schedule import Schedule
 from quantlab.contracts.sections import InputsFrom, Tune
-from quantlab.contracts.tuning import OUTPUT, AdapterSpec, Checkpoint, ConvAdapter, Loss, StepContext, TuneJob
+from quantlab.contracts.tuning import (
+    OUTPUT,
+    AdapterSpec,
+    AdapterStart,
+    Checkpoint,
+    ConvAdapter,
+    Loss,
+    StepContext,
+    TuneJob,
+)
 from quantlab.errors import NonFiniteError, QuantlabError
+from quantlab.losses.fisher import FisherConfig, FisherLoss
 from quantlab.losses.mse import MseConfig, MseLoss
+from quantlab.quant.quantizers import AffineQuantizer
 from quantlab.tuning.distill import DistillConfig, DistillTuner, parameter_groups
 from quantlab.tuning.finalize import finalize
 
@@ -43,10 +54,15 @@ class Memory(Checkpoint):
         self.saved.append((iteration, {name: value.clone() for name, value in tensors.items()}))
 
 
-def prepared(toy: Toy) -> Student:
+def assigned(toy: Toy) -> Student:
     student = toy.student()
     method = AssignMethod([], [UniformPolicy(UniformPolicy.Config())], affine(), InputsFrom.TEACHER)
     assign(student, method, calibration_batch(toy.task, toy.calibration, 8), torch.Generator(), silent)
+    return student
+
+
+def prepared(toy: Toy) -> Student:
+    student = assigned(toy)
     add_adapters(student, AdapterSpec(SETTINGS.rank), 0)
     return student
 
@@ -117,6 +133,15 @@ def test_checkpointing_gradients_changes_nothing() -> None:
     toy = make_toy(weight_bits=2)
     one = tuned(toy, [mse()])[0].network.state_dict()
     other = tuned(toy, [mse()], gradient_checkpointing=True)[0].network.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_fisher_weights_of_a_feature_work_with_recomputed_layers() -> None:
+    """Its weights take a backward pass of their own through the graph that is then used again."""
+    toy = make_toy(weight_bits=2)
+    losses: list[Loss] = [FisherLoss(FisherConfig(feature="blocks.0"))]
+    one = tuned(toy, losses)[0].network.state_dict()
+    other = tuned(toy, losses, gradient_checkpointing=True)[0].network.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -255,6 +280,43 @@ def test_learning_rates_follow_the_scales() -> None:
         assert found[id(layer.adapter.A)] == pytest.approx(expected, rel=1e-6)
         assert found[id(layer.weight_quantizer.scale)] == 1e-6
         assert found[id(layer.input_quantizer.zero_point)] == 5e-4
+
+
+class Unpackable(AffineQuantizer):
+    """A format that codes, scale and zero point do not describe."""
+
+    def qparams(self) -> None:  # type: ignore[override]
+        return None
+
+
+def test_a_format_without_a_scale_asks_for_a_learning_rate() -> None:
+    toy = make_toy()
+    layers = prepared(toy).trained_layers()
+    for layer in layers.values():
+        layer.weight_quantizer.__class__ = Unpackable
+    with pytest.raises(QuantlabError, match=r"tune\.adapter_learning_rate: .*\n.*set it to a number"):
+        parameter_groups(layers, Tune(iterations=1, adapter_learning_rate=None), scale_offset=0.0)
+
+
+@pytest.mark.parametrize("start", AdapterStart)
+def test_every_start_trains_and_is_the_same_after_a_kill(start: AdapterStart) -> None:
+    toy = make_toy(weight_bits=2)
+
+    def student_at_start() -> Student:
+        student = assigned(toy)
+        add_adapters(student, DistillTuner(DistillConfig(start=start)).adapter(SETTINGS), 0)
+        return student
+
+    student = student_at_start()
+    job = job_of(toy, student, [mse()])
+    DistillTuner(DistillConfig(start=start)).tune(job)
+    assert isinstance(job.checkpoint, Memory)
+    resumed = student_at_start()
+    assert error(toy, student) < 0.8 * error(toy, resumed)
+    again = replace(job_of(toy, resumed, [mse()]), checkpoint=Memory(job.checkpoint.saved[:2]))
+    DistillTuner(DistillConfig(start=start)).tune(again)
+    expected = student.network.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())
 
 
 def test_finalize_keeps_the_function() -> None:
