@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.schedule import LossConfig, Schedule
     from quantlab.contracts.sections import Budget
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import (
         OUTPUT,
         AdapterSpec,
+        AdapterStart,
         Checkpoint,
         ConvAdapter,
         Loss,
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
         RecipeError,
     )
     from quantlab.hookspecs import hookimpl
+    from quantlab.losses.taps import last_block
     from quantlab.plugins import Registry, load_registry
+    from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
@@ -63,12 +67,16 @@ _NAMES = {
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
+    "contracts.schedule": "LossConfig Schedule",
     "contracts.sections": "Budget",
     "contracts.site": "Site SiteKind Slot",
-    "contracts.tuning": "OUTPUT AdapterSpec Checkpoint ConvAdapter Loss StepContext TuneJob Tuner TuneResult",
+    "contracts.tuning": "OUTPUT AdapterSpec AdapterStart Checkpoint ConvAdapter Loss StepContext TuneJob Tuner "
+    "TuneResult",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
     "hookspecs": "hookimpl",
+    "losses.taps": "last_block",
     "plugins": "Registry load_registry",
+    "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
@@ -85,6 +93,7 @@ __all__ = [
     "FLOAT_BITS",
     "OUTPUT",
     "AdapterSpec",
+    "AdapterStart",
     "AllocationProblem",
     "ArtefactError",
     "BitMap",
@@ -97,6 +106,7 @@ __all__ = [
     "LoadedRecipe",
     "LoadedRun",
     "Loss",
+    "LossConfig",
     "Method",
     "ModelError",
     "NonFiniteError",
@@ -114,6 +124,7 @@ __all__ = [
     "Registry",
     "RunOptions",
     "RunResult",
+    "Schedule",
     "Site",
     "SiteData",
     "SiteKind",
@@ -129,6 +140,7 @@ __all__ = [
     "Tuner",
     "fake_quantize",
     "hookimpl",
+    "last_block",
     "load_quantized",
     "load_recipe",
     "load_registry",
@@ -137,6 +149,7 @@ __all__ = [
     "run_bench",
     "run_recipe",
     "search_scale",
+    "zero_point_bytes",
 ]
 
 

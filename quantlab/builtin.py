@@ -57,11 +57,15 @@ def quantlab_tuners() -> list[type]:
 
 @hookimpl
 def quantlab_losses() -> list[type[Loss]]:
-    """Distances between predictions."""
+    """Distances between predictions, and between features."""
+    from quantlab.losses.cosine import CosineLoss
+    from quantlab.losses.features import FeaturesLoss
+    from quantlab.losses.fisher import FisherLoss
+    from quantlab.losses.kl import KlLoss
     from quantlab.losses.lp import LpLoss
     from quantlab.losses.mse import MseLoss
 
-    return [MseLoss, LpLoss]
+    return [MseLoss, LpLoss, FisherLoss, KlLoss, CosineLoss, FeaturesLoss]
 
 
 @hookimpl

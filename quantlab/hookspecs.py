@@ -92,9 +92,9 @@ def quantlab_bit_policies() -> Iterable[type[BitPolicy]]:  # type: ignore[empty-
 def quantlab_quantizers() -> Iterable[type[Quantizer]]:  # type: ignore[empty-body]
     """Quantizers: how a tensor becomes integers; the recipe's ``weights.quantizer`` and ``activations.quantizer``.
 
-    The engine calls ``from_spec(spec, bits, config)``, then ``observe`` with what passes there, ``freeze`` once, and
-    from then on ``forward``, whose result has the shape and dtype of its input. ``qparams()`` says what is stored; None
-    means that the format cannot be packed.
+    The engine calls ``from_spec(spec, bits, config)``, then ``observe`` with what passes there, ``freeze`` and
+    ``choose`` once, and from then on ``forward``, whose result has the shape and dtype of its input. ``qparams()`` says
+    what is stored; None means that the format cannot be packed, and ``extra_bytes()`` then counts what it stores.
     """
 
 
@@ -113,8 +113,10 @@ def quantlab_losses() -> Iterable[type[Loss]]:  # type: ignore[empty-body]
     """Calibration losses between the quantized student and the float teacher; the recipe's ``tune.losses``.
 
     The engine builds the class with its Config, asks ``taps(sites)`` for the module paths whose outputs it wants, calls
-    ``reset()`` at the start of each trajectory and the loss itself at each step. It returns a 0-dim tensor with a
-    gradient towards the student, or None when there is nothing at this step.
+    ``load({})`` at the start of a run, ``reset()`` at the start of each trajectory and the loss itself at each step. It
+    returns a 0-dim tensor with a gradient towards the student, or None when there is nothing at this step. What a loss
+    remembers beyond a trajectory it gives to checkpoints in ``state()`` and gets back in ``load``. A Config that is a
+    ``quantlab.LossConfig`` has a weight and a schedule; the loss multiplies by ``weight_at(step.progress)``.
     """
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantlab.allocation.plan import SitePlan, mean_weight_bits
-from quantlab.allocation.student import QuantizerChoices, Student, install_quantizers
+from quantlab.allocation.student import QuantizedLayer, QuantizerChoices, Student, install_quantizers
 from quantlab.calibration.collect import CalibrationBatch, collect_inputs, watch_inputs
 from quantlab.calibration.stats import SiteRecord, TensorSiteData
 from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy
@@ -137,6 +137,16 @@ class _Assigner:
             for x in record.smoothed_inputs():
                 layer.input_quantizer.observe(x, self.timestep)
             layer.input_quantizer.freeze()
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None:
+                quantizer.choose(lambda: self.output_error(layer, record))
+
+    def output_error(self, layer: QuantizedLayer, record: SiteRecord) -> float:
+        """Mean squared error of a layer's output on its calibration inputs against the float one."""
+        # Not a call of the module: its hooks are the ones that assign it.
+        pairs = ((layer.forward(x.to(layer.weight.dtype), self.timestep), x) for x in record.inputs)
+        squared = [(output.float() - record.compute(x, record.weight)).square() for output, x in pairs]
+        return sum(part.double().sum().item() for part in squared) / sum(part.numel() for part in squared)
 
 
 def _check_policy(policy: BitPolicy, problem: AllocationProblem, bit_map: BitMap) -> None:

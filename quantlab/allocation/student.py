@@ -152,7 +152,7 @@ def restore(student: Student, bit_map: BitMap, choices: QuantizerChoices, state:
 
 
 def add_adapters(student: Student, spec: AdapterSpec, seed: int) -> None:
-    """Put a low-rank adapter into every layer that tuning may change, each start drawn in the graph's order."""
+    """Put a low-rank adapter into every layer that tuning may change, each start found in the graph's order."""
     rng = torch.Generator().manual_seed(seed)
     for layer in student.trained_layers().values():
         layer.add_adapter(spec, rng)

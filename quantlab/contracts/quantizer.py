@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic import BaseModel
 
     from quantlab.contracts.quant import QParams, QuantSpec
@@ -42,6 +44,14 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """Quantize and dequantize: the shape and dtype of x."""
 
+    def choose(self, output_error: Callable[[], float]) -> None:
+        """Decide what only the site's output can tell; called once after ``freeze``.
+
+        Args:
+            output_error: mean squared error of the site's output against the float one, with this quantizer as it is
+                at the call.
+        """
+
     def round_parameters(self) -> None:
         """Put parameters that forward rounds at their rounded values, in place; forward gives the same as before."""
 
@@ -51,3 +61,7 @@ class Quantizer(nn.Module):
     @abstractmethod
     def qparams(self) -> QParams | None:
         """What is stored, or None for a format that cannot be packed."""
+
+    def extra_bytes(self) -> int:
+        """Bytes stored besides the codes, one float32 scale a channel and what ``qparams`` tells."""
+        return 0

@@ -30,12 +30,24 @@ class ConvAdapter(StrEnum):
     """B is [out, rank, k, k]: a product for each kernel tap (the released MPQ-DM code)."""
 
 
+class AdapterStart(StrEnum):
+    """Where a low-rank adapter starts."""
+
+    RANDOM = "random"
+    """A is drawn and B is 0: the adapter changes nothing (LoRA)."""
+    QUANTIZATION_ERROR = "quantization_error"
+    """B A is the product of its rank nearest to W - Q(W); the base stays W."""
+    QUANTIZED_BASE = "quantized_base"
+    """The same B A, and Q(W) becomes the base: the sum stays near W, and what it quantizes to near Q(W) (LoftQ)."""
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """A low-rank adapter: W0 + B A."""
 
     rank: int
     conv: ConvAdapter = ConvAdapter.POINTWISE
+    start: AdapterStart = AdapterStart.RANDOM
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,14 @@ class StepContext:
         step_index: position in the sampler, 0 is the noisiest.
         num_steps: sampler steps.
         rng: the only source of randomness a loss may use.
+        progress: share of the tuner's iterations that are done, in [0, 1).
     """
 
     timestep: Tensor | None
     step_index: int
     num_steps: int
     rng: torch.Generator
+    progress: float = 0.0
 
 
 class Loss(ABC):
@@ -75,6 +89,13 @@ class Loss(ABC):
 
     def reset(self) -> None:  # noqa: B027  a loss without memory has nothing to forget
         """Forget earlier steps: a new trajectory begins."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What outlives a trajectory, for a checkpoint; empty for a loss without such a memory."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027  a loss without memory has nothing to take back
+        """Begin a run: take back what ``state`` gave when it was interrupted; empty for a run from its start."""
 
     @abstractmethod
     def __call__(

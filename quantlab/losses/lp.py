@@ -8,17 +8,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantlab.contracts.config import Strict
+from quantlab.contracts.schedule import LossConfig
 from quantlab.contracts.tuning import OUTPUT, Loss, StepContext
 from quantlab.losses.reduction import Reduction, reduce
 
 
-class LpConfig(Strict):
+class LpConfig(LossConfig):
     """Options of the power of the error."""
 
     p: float = Field(default=2.4, ge=1, description="exponent; below 1 the gradient at 0 is infinite")
     reduction: Reduction = Reduction.SUM
-    weight: float = Field(default=1.0, gt=0)
 
 
 class LpLoss(Loss):
@@ -35,4 +34,4 @@ class LpLoss(Loss):
         difference = student[OUTPUT] - teacher[OUTPUT]
         # A sum over a batch of images leaves the range of float16.
         magnitude = difference.to(torch.promote_types(difference.dtype, torch.float32)).abs()
-        return self.config.weight * reduce(magnitude.pow(self.config.p), self.config.reduction)
+        return self.config.weight_at(step.progress) * reduce(magnitude.pow(self.config.p), self.config.reduction)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from quantlab.contracts.config import Strict
+from quantlab.contracts.schedule import LossConfig
 from quantlab.contracts.tuning import OUTPUT, Loss, StepContext
 from quantlab.losses.reduction import Reduction, reduce
 
 
-class MseConfig(Strict):
+class MseConfig(LossConfig):
     """Options of the squared error."""
 
     reduction: Reduction = Reduction.SUM
-    weight: float = Field(default=1.0, gt=0)
 
 
 class MseLoss(Loss):
@@ -34,4 +32,4 @@ class MseLoss(Loss):
         difference = student[OUTPUT] - teacher[OUTPUT]
         # A sum over a batch of images leaves the range of float16.
         squared = difference.to(torch.promote_types(difference.dtype, torch.float32)).square()
-        return self.config.weight * reduce(squared, self.config.reduction)
+        return self.config.weight_at(step.progress) * reduce(squared, self.config.reduction)

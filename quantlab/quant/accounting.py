@@ -3,6 +3,7 @@
 Weights lie packed at their own bits, a site's channels of one width together and rounded up to whole bytes. A site
 with mixed widths stores its width for every channel in 3 bits. Scales and smoothing scales are float32, as the model
 computes with them. A rounded zero point is an integer as wide as its site's values need, a free one float32.
+A format of its own says what it stores besides.
 Activations store a scale and a zero point for each slot and calibrated timestep and, where they depend on the
 timestep, the timestep in 2 bytes. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the
 float model's own width and is counted once however many modules share it. One bit operation is one bit of the weight
@@ -74,6 +75,7 @@ class SiteCost:
         activation_zero_point_bytes: of one zero point of the input.
         smoothing_channels: input channels with a smoothing scale, 0 for none.
         adapter_bytes: of an adapter that is not merged.
+        extra_bytes: what the format of the weight or the input stores besides, see ``Quantizer.extra_bytes``.
     """
 
     name: str
@@ -87,6 +89,7 @@ class SiteCost:
     activation_zero_point_bytes: int = 1
     smoothing_channels: int = 0
     adapter_bytes: int = 0
+    extra_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Accounting:
 
     Attributes:
         weight_bytes: packed codes.
-        scale_bytes: scales of weights.
+        scale_bytes: scales of weights, and what formats of their own store besides.
         zero_point_bytes: zero points of weights.
         index_bytes: widths of the channels of mixed sites.
         activation_bytes: tables of the activations.
@@ -152,7 +155,8 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
     inputs = [site for site in sites if site.activation_bits != FLOAT_BITS]
     return Accounting(
         weight_bytes=sum(packed_bytes(site.weight_bits, site.weights_per_channel) for site in quantized),
-        scale_bytes=sum(SCALE_BYTES * len(site.weight_bits) for site in quantized),
+        scale_bytes=sum(SCALE_BYTES * len(site.weight_bits) for site in quantized)
+        + sum(site.extra_bytes for site in sites),
         zero_point_bytes=sum(site.weight_zero_point_bytes * len(site.weight_bits) for site in quantized),
         index_bytes=sum(-(-WIDTH_BITS * len(site.weight_bits) // 8) for site in quantized if _is_mixed(site)),
         activation_bytes=sum(_activation_bytes(site) for site in inputs),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from quantlab.contracts.quantizer import Quantizer
-from quantlab.contracts.tuning import AdapterSpec
+from quantlab.contracts.tuning import AdapterSpec, AdapterStart
 from quantlab.quant.adapter import LowRankAdapter
 
 
@@ -41,8 +41,15 @@ class _Quantized(nn.Module):
         self.gradient_checkpointing = False
 
     def add_adapter(self, spec: AdapterSpec, rng: torch.Generator) -> None:
-        """Add a low-rank adapter whose start is drawn from ``rng``."""
-        self.adapter = LowRankAdapter(self.weight, spec, rng)
+        """Add a low-rank adapter whose random start is drawn from ``rng``; the others need the weight's quantizer."""
+        adapter = LowRankAdapter(self.weight, spec, rng)
+        if spec.start is not AdapterStart.RANDOM:
+            error = self._quantization_error()
+            adapter.approximate(error)
+            if spec.start is AdapterStart.QUANTIZED_BASE:
+                with torch.no_grad():
+                    self.weight.sub_(error)
+        self.adapter = adapter
 
     def merge_adapter(self) -> None:
         """Add the adapter's change to the weight and drop the adapter."""
@@ -60,6 +67,12 @@ class _Quantized(nn.Module):
         """The weight that the layer computes with."""
         weight = self.float_weight()
         return weight if self.weight_quantizer is None else self.weight_quantizer(weight)
+
+    def _quantization_error(self) -> Tensor:
+        """Weight minus quantized weight, smoothing undone, so that it can be added to the weight."""
+        with torch.no_grad():
+            error = self.float_weight() - self.quantized_weight()
+            return error if self.smoothing is None else (error / self._weight_smoothing()).to(error.dtype)
 
     def freeze(self) -> None:
         """Keep the quantized weight for inference; ``thaw`` drops it again."""

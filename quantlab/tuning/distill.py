@@ -7,7 +7,7 @@ denoising step, on inputs that the float model's own trajectory gives, so that n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,9 @@ from quantlab.contracts.sections import Tune
 from quantlab.contracts.tuning import (
     OUTPUT,
     AdapterSpec,
+    AdapterStart,
     ConvAdapter,
+    Loss,
     StepContext,
     TuneJob,
     Tuner,
@@ -37,6 +39,7 @@ class DistillConfig(Strict):
     """Options of the ``distill`` tuner."""
 
     conv: ConvAdapter = Field(ConvAdapter.POINTWISE, description="shape of the adapter's second factor at convolutions")
+    start: AdapterStart = Field(AdapterStart.RANDOM, description="where the adapters start")
     scale_offset: float = Field(
         0.0, ge=0, description="added to a layer's mean scale before it becomes a learning rate; 0.01 as released"
     )
@@ -66,7 +69,7 @@ class DistillTuner(Tuner):
 
     def adapter(self, settings: Tune) -> AdapterSpec:
         """Low-rank factors of the recipe's rank in every layer."""
-        return AdapterSpec(settings.rank, self.config.conv)
+        return AdapterSpec(settings.rank, self.config.conv, self.config.start)
 
     def tune(self, job: TuneJob) -> TuneResult:
         """Train in place for ``job.settings.iterations`` steps, saving at the end of every epoch."""
@@ -78,9 +81,10 @@ class DistillTuner(Tuner):
         total = job.settings.iterations
         # Linear decay to zero without warm-up, as in the released code.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: 1.0 - iteration / total)
-        names = ["total", *(loss.name for loss in job.losses)]
+        losses = _labelled(job.losses)
+        names = ["total", *losses]
         history: dict[str, list[float]] = {name: [] for name in names}
-        start = _restore(job, parameters, optimizer, schedule, history)
+        start = _restore(job, parameters, optimizer, schedule, losses, history)
         quantizers = [
             module for layer in job.layers.values() for module in layer.modules() if isinstance(module, Quantizer)
         ]
@@ -91,7 +95,7 @@ class DistillTuner(Tuner):
             if position.step == 0:
                 for loss in job.losses:
                     loss.reset()
-            values = _losses_at(job, position)
+            values = _losses_at(job, losses, position, iteration / total)
             optimizer.zero_grad(set_to_none=True)
             values["total"].backward()
             require_finite_gradients(parameters, _where(position))
@@ -102,7 +106,7 @@ class DistillTuner(Tuner):
             for name in names:
                 history[name].append(values[name].item() if name in values else math.nan)
             if (iteration + 1) % job.calibration.num_steps == 0 or iteration + 1 == total:
-                _save(job, iteration + 1, parameters, optimizer, history)
+                _save(job, iteration + 1, parameters, optimizer, losses, history)
             job.progress(iteration + 1, total)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
@@ -113,7 +117,16 @@ def _where(position: _Position) -> str:
     return f"tune, epoch {position.epoch}, denoising step {position.step}"
 
 
-def _losses_at(job: TuneJob, position: _Position) -> dict[str, Tensor]:
+def _labelled(losses: Sequence[Loss]) -> dict[str, Loss]:
+    """The losses by name, of one name with numbers from the second on: "features", "features-2"."""
+    labelled: dict[str, Loss] = {}
+    for loss in losses:
+        count = 1 + sum(other.name == loss.name for other in labelled.values())
+        labelled[loss.name if count == 1 else f"{loss.name}-{count}"] = loss
+    return labelled
+
+
+def _losses_at(job: TuneJob, losses: Mapping[str, Loss], position: _Position, progress: float) -> dict[str, Tensor]:
     """Every loss at one denoising step of one batch, and their sum as "total"."""
     steps, samples = job.calibration.num_steps, job.calibration.num_samples
     # Seeded by the epoch alone, so that a resumed run draws the batch the killed one had.
@@ -128,8 +141,11 @@ def _losses_at(job: TuneJob, position: _Position) -> dict[str, Tensor]:
         with torch.no_grad():
             teacher.update(job.teacher(network_inputs)[1])
     timestep = inputs[job.task.timestep_input] if job.task.timestep_input else None
-    context = StepContext(timestep, position.step, steps, rng)
-    values = {loss.name: value for loss in job.losses if (value := loss(student, teacher, context)) is not None}
+    # A generator for each step of the epoch, so that a loss does not draw the same at all of them.
+    seeds = torch.randint(2**62, (steps,), generator=rng)
+    draws = torch.Generator().manual_seed(int(seeds[position.step]))
+    context = StepContext(timestep, position.step, steps, draws, progress)
+    values = {label: value for label, loss in losses.items() if (value := loss(student, teacher, context)) is not None}
     if not any(value.requires_grad for value in values.values()):
         raise QuantlabError(
             "no loss has a gradient, so nothing would be trained",
@@ -162,8 +178,14 @@ def parameter_groups(layers: Mapping[str, nn.Module], settings: Tune, scale_offs
 
 
 def mean_scale(layer: nn.Module) -> float:
-    """Mean scale of a layer's weight quantizer."""
+    """Mean scale of a layer's weight quantizer; raises QuantlabError for a format without one."""
     parameters = layer.weight_quantizer.qparams()  # type: ignore[union-attr]
+    if parameters is None:
+        raise QuantlabError(
+            "a weight quantizer of its own format has no scale for an adapter's learning rate to follow",
+            where="tune.adapter_learning_rate",
+            next_step="set it to a number",
+        )
     return float(parameters.scale.abs().mean())
 
 
@@ -190,14 +212,17 @@ def _save(
     iteration: int,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    losses: Mapping[str, Loss],
     history: Mapping[str, list[float]],
 ) -> None:
-    """Write parameters, optimizer state and history to the checkpoint."""
+    """Write parameters, optimizer state, the losses' memory and history to the checkpoint."""
     tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value
     tensors |= {f"history/{name}": torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
+    for label, loss in losses.items():
+        tensors |= {f"loss/{label}/{key}": value for key, value in loss.state().items()}
     job.checkpoint.save(iteration, tensors)
 
 
@@ -206,13 +231,16 @@ def _restore(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
+    losses: Mapping[str, Loss],
     history: dict[str, list[float]],
 ) -> int:
     """Go back to the checkpoint, if there is one; returns the number of iterations done."""
-    saved = job.checkpoint.load()
-    if saved is None:
+    iteration, tensors = job.checkpoint.load() or (0, {})
+    for label, loss in losses.items():
+        prefix = f"loss/{label}/"
+        loss.load({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+    if iteration == 0:
         return 0
-    iteration, tensors = saved
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter/{name}"])

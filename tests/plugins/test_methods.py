@@ -8,6 +8,8 @@ from quantlab.plugins import Kind, load_registry
 from quantlab.recipe.load import for_method, load_recipe
 
 LORA = ["efficientdm", "mpq-dm", "mpq-dm-plus", "mpq-dm-released", "mpq-dm-smooth", "mpq-dm-omq", "mpq-dm-trd"]
+CONTROLS = ["mpq-dm-random", "mpq-dm-head", "mpq-dm-tail", "mpq-dm-features"]
+V2 = ["mpq-dm-v2", "mpq-dm-v2-residual", "mpq-dm-v2-start", "mpq-dm-v2-memory"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def test_all_that_train_share_iterations_and_rates(loaded) -> None:
         "weight_learning_rate",
         "activation_learning_rate",
     )
-    settings = {name: for_method(loaded, name).tune for name in LORA}
+    settings = {name: for_method(loaded, name).tune for name in LORA + CONTROLS + V2}
     for field in shared:
         assert len({getattr(tune, field) for tune in settings.values()}) == 1, field
 
@@ -53,6 +55,31 @@ def test_default_takes_the_first_column(loaded) -> None:
     assert recipe.inputs_from == "teacher"
     assert (policy["groups"], policy["search_observer"], policy["quantize_inputs"]) == (5, "mse", True)
     assert recipe.weights.round_zero_point and recipe.tune.losses[1].options["gradient"]
+
+
+def test_a_control_differs_from_the_method_in_one_choice(loaded) -> None:
+    method = for_method(loaded, "mpq-dm")
+    for ranking in ("random", "head", "tail"):
+        control = for_method(loaded, f"mpq-dm-{ranking}")
+        assert control.allocate[1].options == {**method.allocate[1].options, "ranking": ranking}
+        assert control.model_copy(update={"allocate": method.allocate, "method": "mpq-dm"}) == method
+    control = for_method(loaded, "mpq-dm-features")
+    assert [loss.name for loss in control.tune.losses] == ["mse", "features"]
+    tune = control.tune.model_copy(update={"losses": method.tune.losses})
+    assert control.model_copy(update={"tune": tune, "method": "mpq-dm"}) == method
+
+
+def test_the_parts_of_v2_are_added_one_by_one(loaded) -> None:
+    def parts(name: str) -> tuple[str, str, str]:
+        recipe = for_method(loaded, name)
+        tuner = recipe.tune.tuners[0].options
+        return recipe.weights.quantizer.name, tuner["start"], recipe.tune.losses[1].name
+
+    assert parts("mpq-dm") == ("affine", "random", "relation")
+    assert parts("mpq-dm-v2-residual") == ("residual", "random", "relation")
+    assert parts("mpq-dm-v2-start") == ("affine", "quantization_error", "relation")
+    assert parts("mpq-dm-v2-memory") == ("affine", "random", "memory-relation")
+    assert parts("mpq-dm-v2") == ("residual", "quantization_error", "memory-relation")
 
 
 def test_ptq_has_no_tuner(loaded) -> None:

@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantlab import Loss, RecipeError, Site, StepContext, Strict
+from quantlab import Loss, LossConfig, Site, StepContext, last_block
 
 
-class RelationConfig(Strict):
+class RelationConfig(LossConfig):
     """Options of the ``relation`` loss."""
 
     window: int = Field(default=2, ge=1, description="consecutive denoising steps whose features are averaged")
@@ -49,16 +49,7 @@ class RelationLoss(Loss):
         Raises:
             RecipeError: the network has no blocks and no feature is named.
         """
-        if self._feature is not None:
-            return (self._feature,)
-        blocks = [site.block for site in sites if site.block and site.block != site.name]
-        if not blocks:
-            raise RecipeError(
-                "the network has no blocks to take features from",
-                where='loss "relation"',
-                next_step="name a module: {relation: {feature: path.of.module}}",
-            )
-        self._feature = blocks[-1]
+        self._feature = self._feature or last_block(sites, self.name)
         return (self._feature,)
 
     def reset(self) -> None:
@@ -82,7 +73,8 @@ class RelationLoss(Loss):
             self._window = [(mine.detach(), other) for mine, other in self._window[1:]]
         else:
             self._window.clear()
-        return self.config.weight * relation_divergence(attached if self.config.gradient else attached.detach(), theirs)
+        divergence = relation_divergence(attached if self.config.gradient else attached.detach(), theirs)
+        return self.config.weight_at(step.progress) * divergence
 
 
 def relation_divergence(student: Tensor, teacher: Tensor, *, normalize: bool = True) -> Tensor:
