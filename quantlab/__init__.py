@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
+    from quantlab.calibration.collect import calibration_batch
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
     from quantlab.contracts.config import Strict
     from quantlab.contracts.event import StageEvent, StageStatus
@@ -45,16 +46,19 @@ if TYPE_CHECKING:
     from quantlab.hookspecs import hookimpl
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.functional import fake_quantize, search_scale
+    from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
     from quantlab.recipe.schema import Recipe
     from quantlab.run import RunOptions, RunResult
     from quantlab.run import run as run_recipe
+    from quantlab.tuning.visit import visit_layers
 
 # What each module gives; "run_recipe=run" renames, since quantlab.run is the module.
 _NAMES = {
     "api": "LoadedRun QuantizedModule load_quantized quantize",
     "bench": "run_bench=bench",
+    "calibration.collect": "calibration_batch",
     "contracts.allocation": "FLOAT_BITS AllocationProblem BitMap BitPolicy SiteData",
     "contracts.config": "Strict",
     "contracts.event": "StageEvent StageStatus",
@@ -70,10 +74,12 @@ _NAMES = {
     "hookspecs": "hookimpl",
     "plugins": "Registry load_registry",
     "quant.functional": "fake_quantize search_scale",
+    "quant.layers": "QuantizedConv2d QuantizedLinear",
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
     "recipe.schema": "Recipe",
     "run": "RunOptions RunResult run_recipe=run",
+    "tuning.visit": "visit_layers",
 }
 _WHERE = {
     public: (f"quantlab.{module}", name or public)
@@ -106,6 +112,8 @@ __all__ = [
     "PluginError",
     "QParams",
     "QuantSpec",
+    "QuantizedConv2d",
+    "QuantizedLinear",
     "QuantizedModule",
     "Quantizer",
     "QuantlabError",
@@ -127,6 +135,7 @@ __all__ = [
     "TuneJob",
     "TuneResult",
     "Tuner",
+    "calibration_batch",
     "fake_quantize",
     "hookimpl",
     "load_quantized",
@@ -137,6 +146,7 @@ __all__ = [
     "run_bench",
     "run_recipe",
     "search_scale",
+    "visit_layers",
 ]
 
 

@@ -80,6 +80,7 @@ def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
         activation_zero_point_bytes=_zero_points(layer.input_quantizer),
         smoothing_channels=layer.smoothing.numel() if layer.smoothing is not None else 0,
         adapter_bytes=sum(p.numel() * p.element_size() for p in layer.adapter.parameters()) if layer.adapter else 0,
+        branch_values=sum(p.numel() for p in layer.branch.parameters()) if layer.branch else 0,
     )
 
 

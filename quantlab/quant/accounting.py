@@ -5,8 +5,9 @@ with mixed widths stores its width for every channel in 3 bits. Scales and smoot
 computes with them. A rounded zero point is an integer as wide as its site's values need, a free one float32.
 Activations store a scale and a zero point for each slot and calibrated timestep and, where they depend on the
 timestep, the timestep in 2 bytes. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the
-float model's own width and is counted once however many modules share it. One bit operation is one bit of the weight
-times one bit of the activation in one multiply-accumulate.
+float model's own width and is counted once however many modules share it. A low-rank branch stores its factors in
+float16. One bit operation is one bit of the weight times one bit of the activation in one multiply-accumulate; those of
+a branch are counted at 16 times 16 bits, as multiply-accumulates that are not quantized.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ SMOOTHING_BYTES = 4
 FREE_ZERO_POINT_BYTES = 4
 TIMESTEP_BYTES = 2
 WIDTH_BITS = 3
+BRANCH_BITS = 16
+"""Of the factors of a low-rank branch and of what they are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class SiteCost:
         activation_zero_point_bytes: of one zero point of the input.
         smoothing_channels: input channels with a smoothing scale, 0 for none.
         adapter_bytes: of an adapter that is not merged.
+        branch_values: of both factors of a low-rank branch, 0 for none.
     """
 
     name: str
@@ -87,6 +91,13 @@ class SiteCost:
     activation_zero_point_bytes: int = 1
     smoothing_channels: int = 0
     adapter_bytes: int = 0
+    branch_values: int = 0
+
+    @property
+    def branch_macs(self) -> int:
+        """Multiply-accumulates of the branch: one for each of its values at each position of the output."""
+        weights = self.weights_per_channel * len(self.weight_bits)
+        return self.macs // weights * self.branch_values if weights else 0
 
 
 @dataclass(frozen=True)
@@ -101,9 +112,10 @@ class Accounting:
         activation_bytes: tables of the activations.
         smoothing_bytes: smoothing scales.
         adapter_bytes: adapters that were not merged.
+        branch_bytes: low-rank branches.
         float_bytes: everything that stays float.
         float_model_bytes: of the float network.
-        macs: multiply-accumulates of all sites.
+        macs: multiply-accumulates of all sites and of their branches.
         quantized_macs: those with a quantized weight and a quantized input.
         bit_operations: of all sites.
     """
@@ -115,6 +127,7 @@ class Accounting:
     activation_bytes: int
     smoothing_bytes: int
     adapter_bytes: int
+    branch_bytes: int
     float_bytes: int
     float_model_bytes: int
     macs: int
@@ -132,6 +145,7 @@ class Accounting:
             + self.activation_bytes
             + self.smoothing_bytes
             + self.adapter_bytes
+            + self.branch_bytes
             + self.float_bytes
         )
 
@@ -158,9 +172,10 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
         activation_bytes=sum(_activation_bytes(site) for site in inputs),
         smoothing_bytes=sum(SMOOTHING_BYTES * site.smoothing_channels for site in sites),
         adapter_bytes=sum(site.adapter_bytes for site in sites),
+        branch_bytes=sum(BRANCH_BITS // 8 * site.branch_values for site in sites),
         float_bytes=float_model.without({f"{site.name}.weight" for site in quantized}),
         float_model_bytes=float_model.total_bytes,
-        macs=sum(site.macs for site in sites),
+        macs=sum(site.macs + site.branch_macs for site in sites),
         quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS),
         bit_operations=sum(_bit_operations(site) for site in sites),
     )
@@ -199,8 +214,9 @@ def _activation_bytes(site: SiteCost) -> int:
 
 
 def _bit_operations(site: SiteCost) -> int:
-    """Every output channel does the same share of the site's multiply-accumulates."""
+    """Every output channel does the same share of the site's multiply-accumulates; a branch comes on top."""
     if not len(site.weight_bits):
         return site.macs * FLOAT_BITS * site.activation_bits
     per_channel = site.macs / len(site.weight_bits)
-    return round(per_channel * int(site.weight_bits.to(torch.int64).sum()) * site.activation_bits)
+    own = round(per_channel * int(site.weight_bits.to(torch.int64).sum()) * site.activation_bits)
+    return own + site.branch_macs * BRANCH_BITS**2
