@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantlab.contracts.config import Strict
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationSet, Task
+    from quantlab.contracts.model import CalibrationSet, Task, TrainingBatch
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from quantlab.recipe.schema import Recipe
     from quantlab.run import RunOptions, RunResult
     from quantlab.run import run as run_recipe
+    from quantlab.tuning.checkpoint import restore_training, save_training
+    from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
     from quantlab.tuning.visit import visit_layers
 
 # What each module gives; "run_recipe=run" renames, since quantlab.run is the module.
@@ -63,7 +65,7 @@ _NAMES = {
     "contracts.config": "Strict",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
-    "contracts.model": "CalibrationSet Task",
+    "contracts.model": "CalibrationSet Task TrainingBatch",
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
@@ -79,6 +81,8 @@ _NAMES = {
     "recipe.method": "method_from_yaml",
     "recipe.schema": "Recipe",
     "run": "RunOptions RunResult run_recipe=run",
+    "tuning.checkpoint": "restore_training save_training",
+    "tuning.finite": "blame_non_finite require_finite_gradients",
     "tuning.visit": "visit_layers",
 }
 _WHERE = {
@@ -132,9 +136,11 @@ __all__ = [
     "StepContext",
     "Strict",
     "Task",
+    "TrainingBatch",
     "TuneJob",
     "TuneResult",
     "Tuner",
+    "blame_non_finite",
     "calibration_batch",
     "fake_quantize",
     "hookimpl",
@@ -143,8 +149,11 @@ __all__ = [
     "load_registry",
     "method_from_yaml",
     "quantize",
+    "require_finite_gradients",
+    "restore_training",
     "run_bench",
     "run_recipe",
+    "save_training",
     "search_scale",
     "visit_layers",
 ]

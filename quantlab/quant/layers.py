@@ -28,6 +28,7 @@ class _Quantized(nn.Module):
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     smoothing: Tensor | None

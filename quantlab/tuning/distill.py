@@ -27,6 +27,7 @@ from quantlab.contracts.tuning import (
     TuneResult,
 )
 from quantlab.errors import QuantlabError
+from quantlab.tuning.checkpoint import restore_training, save_training
 from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
 
 SCALE_TO_LEARNING_RATE = 2500.0
@@ -80,7 +81,7 @@ class DistillTuner(Tuner):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: 1.0 - iteration / total)
         names = ["total", *(loss.name for loss in job.losses)]
         history: dict[str, list[float]] = {name: [] for name in names}
-        start = _restore(job, parameters, optimizer, schedule, history)
+        start = restore_training(job.checkpoint, parameters, optimizer, schedule, history)
         quantizers = [
             module for layer in job.layers.values() for module in layer.modules() if isinstance(module, Quantizer)
         ]
@@ -102,7 +103,7 @@ class DistillTuner(Tuner):
             for name in names:
                 history[name].append(values[name].item() if name in values else math.nan)
             if (iteration + 1) % job.calibration.num_steps == 0 or iteration + 1 == total:
-                _save(job, iteration + 1, parameters, optimizer, history)
+                save_training(job.checkpoint, iteration + 1, parameters, optimizer, history)
             job.progress(iteration + 1, total)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
@@ -183,47 +184,3 @@ def _trainable(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
         parameter.requires_grad_(True)
         counted[f"{name}/{part}/{len(counted)}"] = parameter
     return counted
-
-
-def _save(
-    job: TuneJob,
-    iteration: int,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    history: Mapping[str, list[float]],
-) -> None:
-    """Write parameters, optimizer state and history to the checkpoint."""
-    tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = value
-    tensors |= {f"history/{name}": torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
-    job.checkpoint.save(iteration, tensors)
-
-
-def _restore(
-    job: TuneJob,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    history: dict[str, list[float]],
-) -> int:
-    """Go back to the checkpoint, if there is one; returns the number of iterations done."""
-    saved = job.checkpoint.load()
-    if saved is None:
-        return 0
-    iteration, tensors = saved
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            parameter.copy_(tensors[f"parameter/{name}"])
-        prefix = f"optimizer/{name}/"
-        found = ((key, value.to(parameter.device)) for key, value in tensors.items() if key.startswith(prefix))
-        state = {key.removeprefix(prefix): value for key, value in found}
-        if state:
-            optimizer.state[parameter] = state
-    for name in history:
-        history[name] = tensors[f"history/{name}"].tolist()
-    schedule.last_epoch = iteration
-    for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = base * schedule.lr_lambdas[0](iteration)
-    return iteration
