@@ -18,7 +18,7 @@ class LearnedScale:
     """One trained scale.
 
     Attributes:
-        name: "site/weight" or "site/input".
+        name: "site/weight scale" or "site/input scale".
         quantizer: that it belongs to.
         parameter: the scale, [], [out] or [T].
         factor: of its gradient, g = 1 / sqrt(numel * Qp), in the shape of the scale.
@@ -55,7 +55,9 @@ def learned_scales(layers: Mapping[str, Layer], features: Mapping[str, int]) -> 
             if quantizer is not None:
                 scale, stored = _scale_of(quantizer, f"{part} of site {name}")
                 above = (stored.quant_max - stored.zero_point).clamp(min=1)
-                found.append(LearnedScale(f"{name}/{part}", quantizer, scale, 1 / torch.sqrt(numels[part] * above)))
+                found.append(
+                    LearnedScale(f"{name}/{part} scale", quantizer, scale, 1 / torch.sqrt(numels[part] * above))
+                )
     return found
 
 
