@@ -13,7 +13,12 @@ from quantlab.report.console import make_console
 from quantlab.run import RunOptions, run
 
 SMALL = ["sampling.steps=2", "calibrate.trajectories=4", "calibrate.samples=2", "evaluate.samples=8", "baselines=[]"]
-METRICS = ['evaluate.metrics=["paired-error"]', "evaluate.grid=0"]
+METRICS = [
+    'evaluate.metrics=["paired-error"]',
+    "evaluate.grid=0",
+    "weights.observer=min_max",
+    "activations.observer=min_max",
+]
 
 
 def go(root: Path):
