@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
+    from quantlab.calibration.collect import calibration_batch
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
     from quantlab.contracts.config import Strict
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationSet, Task
+    from quantlab.contracts.model import CalibrationSet, Task, TrainingBatch
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
@@ -49,39 +50,48 @@ if TYPE_CHECKING:
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
+    from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
     from quantlab.recipe.schema import Recipe
     from quantlab.run import RunOptions, RunResult
     from quantlab.run import run as run_recipe
+    from quantlab.tuning.checkpoint import restore_training, save_training
+    from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
+    from quantlab.tuning.visit import visit_layers
 
 # What each module gives; "run_recipe=run" renames, since quantlab.run is the module.
 _NAMES = {
     "api": "LoadedRun QuantizedModule load_quantized quantize",
     "bench": "run_bench=bench",
-    "contracts.allocation": "FLOAT_BITS AllocationProblem BitMap BitPolicy SiteData",
+    "calibration.collect": "calibration_batch",
+    "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS SiteData",
     "contracts.config": "Strict",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
-    "contracts.model": "CalibrationSet Task",
+    "contracts.model": "CalibrationSet Task TrainingBatch",
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
     "contracts.schedule": "LossConfig Schedule",
     "contracts.sections": "Budget",
     "contracts.site": "Site SiteKind Slot",
-    "contracts.tuning": "OUTPUT AdapterSpec AdapterStart Checkpoint ConvAdapter Loss StepContext TuneJob Tuner "
-    "TuneResult",
+    "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
+    "Tuner",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
     "plugins": "Registry load_registry",
     "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
+    "quant.layers": "QuantizedConv2d QuantizedLinear",
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
     "recipe.schema": "Recipe",
     "run": "RunOptions RunResult run_recipe=run",
+    "tuning.checkpoint": "restore_training save_training",
+    "tuning.finite": "blame_non_finite require_finite_gradients",
+    "tuning.visit": "visit_layers",
 }
 _WHERE = {
     public: (f"quantlab.{module}", name or public)
@@ -116,6 +126,8 @@ __all__ = [
     "PluginError",
     "QParams",
     "QuantSpec",
+    "QuantizedConv2d",
+    "QuantizedLinear",
     "QuantizedModule",
     "Quantizer",
     "QuantlabError",
@@ -135,9 +147,12 @@ __all__ = [
     "StepContext",
     "Strict",
     "Task",
+    "TrainingBatch",
     "TuneJob",
     "TuneResult",
     "Tuner",
+    "blame_non_finite",
+    "calibration_batch",
     "fake_quantize",
     "hookimpl",
     "last_block",
@@ -146,9 +161,13 @@ __all__ = [
     "load_registry",
     "method_from_yaml",
     "quantize",
+    "require_finite_gradients",
+    "restore_training",
     "run_bench",
     "run_recipe",
+    "save_training",
     "search_scale",
+    "visit_layers",
     "zero_point_bytes",
 ]
 

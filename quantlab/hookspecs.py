@@ -104,7 +104,8 @@ def quantlab_tuners() -> Iterable[type[Tuner]]:  # type: ignore[empty-body]
 
     The engine builds the class with its Config, puts what ``adapter(settings)`` asks for into every layer that may be
     trained, and calls ``tune(job)``, which trains in place and returns the history of its losses. It saves through
-    ``job.checkpoint``, so that a killed run goes on to the same result.
+    ``job.checkpoint``, so that a killed run goes on to the same result. A tuner may also give a layer a low-rank branch
+    that stays in float, ``layer.add_branch(rank)``; it is saved and loaded with the layer.
     """
 
 

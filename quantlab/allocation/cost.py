@@ -81,6 +81,7 @@ def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
         smoothing_channels=layer.smoothing.numel() if layer.smoothing is not None else 0,
         adapter_bytes=sum(p.numel() * p.element_size() for p in layer.adapter.parameters()) if layer.adapter else 0,
         extra_bytes=sum(q.extra_bytes() for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None),
+        branch_values=sum(p.numel() for p in layer.branch.parameters()) if layer.branch else 0,
     )
 
 

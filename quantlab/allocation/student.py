@@ -106,12 +106,14 @@ def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
 
 
 def _untie(network: nn.Module, layers: Sequence[str]) -> None:
-    """Give every quantized layer a weight of its own: what tuning does to one must not reach those that shared it."""
+    """Give every quantized layer tensors of its own: what tuning does to one must not reach those that shared it."""
     users = Counter(id(value) for value in network.state_dict(keep_vars=True).values())
     for name in layers:
         layer = network.get_submodule(name)
-        if users[id(layer.weight)] > 1:
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)  # type: ignore[arg-type]
+        for part in ("weight", "bias"):
+            value = getattr(layer, part)
+            if value is not None and users[id(value)] > 1:
+                setattr(layer, part, nn.Parameter(value.detach().clone(), requires_grad=False))
 
 
 def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices) -> None:
@@ -142,13 +144,20 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
 def restore(student: Student, bit_map: BitMap, choices: QuantizerChoices, state: Mapping[str, Tensor]) -> Student:
     """Fill a new student with quantizers of ``bit_map`` and the parameters ``state``."""
     for entry in student.plan.quantized:
-        name = entry.site.name
-        layer = student.layer(name)
-        install_quantizers(layer, entry, bit_map, choices)
-        if f"{name}.smoothing" in state:
-            layer.smoothing = torch.empty_like(state[f"{name}.smoothing"], device=layer.weight.device)
-    student.network.load_state_dict(dict(state))
+        install_quantizers(student.layer(entry.site.name), entry, bit_map, choices)
+    fill(student, state)
     return student
+
+
+def fill(student: Student, state: Mapping[str, Tensor]) -> None:
+    """Load parameters and buffers, making the smoothing scales and branches that ``state`` has before."""
+    for name, layer in student.layers().items():
+        smoothing, factor = state.get(f"{name}.smoothing"), state.get(f"{name}.branch.B")
+        layer.smoothing = None if smoothing is None else torch.empty_like(smoothing, device=layer.weight.device)
+        layer.branch = None
+        if factor is not None:
+            layer.add_branch(factor.shape[1])
+    student.network.load_state_dict(dict(state))
 
 
 def add_adapters(student: Student, spec: AdapterSpec, seed: int) -> None:

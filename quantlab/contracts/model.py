@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantlab.errors import ModelError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -48,6 +50,19 @@ class CalibrationSet:
         return {name: value[index, samples] for name, value in self.inputs.items()}
 
 
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Real data as the network was trained on them.
+
+    Attributes:
+        inputs: keyword tensors [B, ...] of one call of the network.
+        target: what its output [B, ...] should be, in the sense of squares: the noise, for a denoiser of noise.
+    """
+
+    inputs: Inputs
+    target: Tensor
+
+
 class Task(ABC):
     """A network with what the engine must know about it.
 
@@ -76,6 +91,19 @@ class Task(ABC):
     @abstractmethod
     def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Record what the float network sees and says: along its sampling trajectory for a denoiser."""
+
+    def training_batch(self, size: int, rng: torch.Generator) -> TrainingBatch:
+        """Draw ``size`` real samples with ``rng``, for methods that train on data.
+
+        Raises:
+            ModelError: the model comes without training data.
+        """
+        raise ModelError(
+            "this model has no training data",
+            where=type(self).__name__,
+            got="a method that trains on real data",
+            next_step="choose a data-free method: quantlab list methods",
+        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class Observer(StrEnum):
     """The full range times (bits + 2) / 8."""
     MSE = "mse"
     """The best of 80 shrunken ranges by mean |x - x_hat|^2.4."""
+    PERCENTILE = "percentile"
+    """From the (100 - p)-th to the p-th percentile, widened to hold 0; p is an option of the quantizer."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class Quantizer(nn.Module):
     """Quantizes one tensor: a weight, or the input of a site.
 
-    Life: ``from_spec``, ``observe`` any number of times, ``freeze`` once, then ``forward``. Loading a state dict into
-    a new quantizer of the same spec stands for ``observe`` and ``freeze``.
+    Life: ``from_spec``, ``observe`` any number of times, ``freeze``, then ``forward``. To observe and freeze again
+    finds parameters for the new values alone. Loading a state dict into a new quantizer of the same spec stands for
+    ``observe`` and ``freeze``.
     """
 
     name: ClassVar[str]

@@ -160,10 +160,13 @@ class TuneResult:
     """What a tuner returns; the trained parameters are in the layers.
 
     Attributes:
-        history: the loss of every iteration, by loss name and as "total"; NaN where a loss had nothing to say.
+        history: the loss of every iteration, by loss name and as "total"; NaN where a loss had nothing to say. A tuner
+            that goes layer by layer has an entry for each layer.
+        notes: what a person should know, such as layers that were left alone; a line each.
     """
 
     history: Mapping[str, Sequence[float]]
+    notes: Sequence[str] = ()
 
 
 class Tuner(ABC):

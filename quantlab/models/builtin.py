@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
-from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run
+from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run, TrainingBatch
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import RecipeError, nearest
 from quantlab.sampling import SampleStep, Schedule
 from quantlab.store import digest_of, digest_of_file
 from quantlab.zoo import digits
-from quantlab.zoo.train import noise_schedule
+from quantlab.zoo.train import DenoiserSettings, noise_schedule
 
 JUDGE = "digits-classifier"
 """The network whose features and classes images are judged by."""
@@ -136,6 +137,25 @@ class DigitsTask(GenerativeTask):
             self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng, keep)
         inputs = {name: torch.stack([step.inputs[name] for step in steps]) for name in steps[0].inputs}
         return CalibrationSet(inputs, torch.stack([step.prediction for step in steps]))
+
+    @cached_property
+    def _scans(self) -> tuple[Tensor, Tensor]:
+        return digits.load_images()
+
+    def training_batch(self, size: int, rng: torch.Generator) -> TrainingBatch:
+        """Scans with noise at random timesteps, a tenth of them without class, as the denoiser was trained."""
+        images, labels = self._scans
+        pick = torch.randint(len(images), (size,), generator=rng)
+        timestep = torch.randint(digits.TRAIN_TIMESTEPS, (size,), generator=rng)
+        noise = torch.randn(size, *digits.IMAGE_SHAPE, generator=rng)
+        dropped = torch.rand(size, generator=rng) < DenoiserSettings().drop_label
+        signal = noise_schedule()[timestep].view(-1, 1, 1, 1)
+        inputs = {
+            "sample": (signal.sqrt() * images[pick] + (1 - signal).sqrt() * noise).to(self.device, self.dtype),
+            "timestep": timestep.to(self.device),
+            "class_labels": labels[pick].masked_fill(dropped, digits.NULL_CLASS).to(self.device),
+        }
+        return TrainingBatch(inputs, noise.to(self.device, self.dtype))
 
     def draw_noise(self, count: int, seed: int) -> Tensor:
         """Normal noise [count, 1, 8, 8]."""

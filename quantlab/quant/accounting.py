@@ -6,8 +6,9 @@ computes with them. A rounded zero point is an integer as wide as its site's val
 A format of its own says what it stores besides.
 Activations store a scale and a zero point for each slot and calibrated timestep and, where they depend on the
 timestep, the timestep in 2 bytes. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the
-float model's own width and is counted once however many modules share it. One bit operation is one bit of the weight
-times one bit of the activation in one multiply-accumulate.
+float model's own width and is counted once however many modules share it. A low-rank branch stores its factors in
+float16. One bit operation is one bit of the weight times one bit of the activation in one multiply-accumulate; those of
+a branch are counted at 16 times 16 bits, as multiply-accumulates that are not quantized.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ SMOOTHING_BYTES = 4
 FREE_ZERO_POINT_BYTES = 4
 TIMESTEP_BYTES = 2
 WIDTH_BITS = 3
+BRANCH_BITS = 16
+"""Of the factors of a low-rank branch and of what they are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class SiteCost:
         smoothing_channels: input channels with a smoothing scale, 0 for none.
         adapter_bytes: of an adapter that is not merged.
         extra_bytes: what the format of the weight or the input stores besides, see ``Quantizer.extra_bytes``.
+        branch_values: of both factors of a low-rank branch, 0 for none.
     """
 
     name: str
@@ -90,6 +94,13 @@ class SiteCost:
     smoothing_channels: int = 0
     adapter_bytes: int = 0
     extra_bytes: int = 0
+    branch_values: int = 0
+
+    @property
+    def branch_macs(self) -> int:
+        """Multiply-accumulates of the branch: one for each of its values at each position of the output."""
+        weights = self.weights_per_channel * len(self.weight_bits)
+        return self.macs // weights * self.branch_values if weights else 0
 
 
 @dataclass(frozen=True)
@@ -104,9 +115,10 @@ class Accounting:
         activation_bytes: tables of the activations.
         smoothing_bytes: smoothing scales.
         adapter_bytes: adapters that were not merged.
+        branch_bytes: low-rank branches.
         float_bytes: everything that stays float.
         float_model_bytes: of the float network.
-        macs: multiply-accumulates of all sites.
+        macs: multiply-accumulates of all sites and of their branches.
         quantized_macs: those with a quantized weight and a quantized input.
         bit_operations: of all sites.
     """
@@ -118,6 +130,7 @@ class Accounting:
     activation_bytes: int
     smoothing_bytes: int
     adapter_bytes: int
+    branch_bytes: int
     float_bytes: int
     float_model_bytes: int
     macs: int
@@ -135,6 +148,7 @@ class Accounting:
             + self.activation_bytes
             + self.smoothing_bytes
             + self.adapter_bytes
+            + self.branch_bytes
             + self.float_bytes
         )
 
@@ -162,9 +176,10 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
         activation_bytes=sum(_activation_bytes(site) for site in inputs),
         smoothing_bytes=sum(SMOOTHING_BYTES * site.smoothing_channels for site in sites),
         adapter_bytes=sum(site.adapter_bytes for site in sites),
+        branch_bytes=sum(BRANCH_BITS // 8 * site.branch_values for site in sites),
         float_bytes=float_model.without({f"{site.name}.weight" for site in quantized}),
         float_model_bytes=float_model.total_bytes,
-        macs=sum(site.macs for site in sites),
+        macs=sum(site.macs + site.branch_macs for site in sites),
         quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS),
         bit_operations=sum(_bit_operations(site) for site in sites),
     )
@@ -203,8 +218,9 @@ def _activation_bytes(site: SiteCost) -> int:
 
 
 def _bit_operations(site: SiteCost) -> int:
-    """Every output channel does the same share of the site's multiply-accumulates."""
+    """Every output channel does the same share of the site's multiply-accumulates; a branch comes on top."""
     if not len(site.weight_bits):
         return site.macs * FLOAT_BITS * site.activation_bits
     per_channel = site.macs / len(site.weight_bits)
-    return round(per_channel * int(site.weight_bits.to(torch.int64).sum()) * site.activation_bits)
+    own = round(per_channel * int(site.weight_bits.to(torch.int64).sum()) * site.activation_bits)
+    return own + site.branch_macs * BRANCH_BITS**2

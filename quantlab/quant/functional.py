@@ -5,6 +5,8 @@ x_hat = scale * (q - zero_point), with integer codes q in [0, quant_max]. Roundi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ MSE_POWER = 2.4
 """Exponent of the error that the MSE search minimises."""
 MIN_SCALE = 1e-8
 """Smallest scale: of an empty range in the min-max search, as in the released code of MPQ-DM, and in training."""
+PERCENTILE = 99.9
+"""Percent of a row's elements that the percentile observer keeps below the upper end of the range."""
 _CHUNK_ELEMENTS = 1 << 18
 
 
@@ -92,7 +96,12 @@ def per_channel(values: Tensor, dims: int, axis: int = 0) -> Tensor:
 
 
 def search_scale(
-    rows: Tensor, bits: Tensor, observer: Observer, max_elements: int | None = None
+    rows: Tensor,
+    bits: Tensor,
+    observer: Observer,
+    max_elements: int | None = None,
+    *,
+    percentile: float = PERCENTILE,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every row.
 
@@ -102,6 +111,7 @@ def search_scale(
         observer: how the range of a row is found.
         max_elements: the MSE search judges candidates on about this many evenly spaced elements of a longer row; the
             range itself is always that of the whole row.
+        percentile: p of the percentile observer, above 50 and at most 100 %: see ``percentile_range``.
 
     Returns:
         scale and zero point, float32 [R]; zero points are integers but may lie outside the codes' range.
@@ -123,6 +133,21 @@ def search_scale(
         case Observer.MSE:
             stride = max(1, rows.shape[1] // max_elements) if max_elements else 1
             return _mse_search(rows[:, ::stride].contiguous(), low, high, quant_max)
+        case Observer.PERCENTILE:
+            return _from_range(*percentile_range(rows, percentile), quant_max)
+
+
+def percentile_range(rows: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
+    """The (100 - p)-th and the p-th percentile of every row [R, n], by nearest rank and without interpolation.
+
+    With k = ceil(p n / 100) they are the k-th largest and the k-th smallest element of the row, [R] each. So a row of
+    fewer than 100 / (100 - p) elements keeps its extremes, as every row does at p = 100.
+    """
+    count = rows.shape[1]
+    # Rounded before it is rounded up: 99.9 % of 1,000 is 999, whatever binary fractions make of it.
+    rank = min(count, math.ceil(round(percentile * count / 100, 6)))
+    low, high = (rows.kthvalue(position, 1).values for position in (count - rank + 1, rank))
+    return low, high
 
 
 def _from_range(low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:

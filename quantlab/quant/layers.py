@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.tuning import AdapterSpec, AdapterStart
 from quantlab.quant.adapter import LowRankAdapter
+from quantlab.quant.branch import LowRankBranch
 
 
 class _Quantized(nn.Module):
@@ -21,20 +22,23 @@ class _Quantized(nn.Module):
         weight_quantizer: of the weight.
         input_quantizer: of the input.
         smoothing: per-input-channel scales [in]; the weight is multiplied by them and the input by their reciprocals.
-        adapter: a low-rank change of the weight.
+        adapter: a low-rank change of the weight, merged into it when tuning is done.
+        branch: a low-rank product in float beside the quantized weight, on the smoothed input before quantization.
         gradient_checkpointing: recompute the layer in the backward pass instead of keeping what it needs.
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     smoothing: Tensor | None
     adapter: LowRankAdapter | None
+    branch: LowRankBranch | None
     gradient_checkpointing: bool
     _frozen_weight: Tensor | None
 
     def _make_quantized(self) -> None:
-        for name in ("weight_quantizer", "input_quantizer", "adapter"):
+        for name in ("weight_quantizer", "input_quantizer", "adapter", "branch"):
             self.register_module(name, None)
         self.register_buffer("smoothing", None)
         self.register_buffer("_frozen_weight", None, persistent=False)
@@ -58,10 +62,20 @@ class _Quantized(nn.Module):
                 self.weight.add_(self.adapter.delta())
             self.adapter = None
 
+    def add_branch(self, rank: int) -> None:
+        """Add a low-rank branch of zeros; what it takes over is to be taken from the weight."""
+        self.branch = LowRankBranch(self.weight, rank, getattr(self, "groups", 1))
+
     def float_weight(self) -> Tensor:
         """The weight with adapter and smoothing, before quantization [out, in / groups, *k]."""
         weight = self.weight if self.adapter is None else self.weight + self.adapter.delta()
         return weight if self.smoothing is None else (weight * self._weight_smoothing()).to(weight.dtype)
+
+    def set_float_weight(self, weight: Tensor) -> None:
+        """Make ``float_weight`` [out, in / groups, *k] this one, up to float rounding; for a layer without adapter."""
+        assert self.adapter is None, "an adapter is merged first"
+        unsmoothed = weight if self.smoothing is None else weight / self._weight_smoothing()
+        self.weight.data = unsmoothed.to(self.weight)
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
@@ -92,21 +106,30 @@ class _Quantized(nn.Module):
         scales = self.smoothing.view(groups, -1).repeat_interleave(self.weight.shape[0] // groups, 0)
         return scales.view(*scales.shape, *(1,) * (self.weight.dim() - 2))
 
-    def _quantized_input(self, x: Tensor, timestep: Tensor | None) -> Tensor:
-        if self.smoothing is not None:
-            reciprocal = 1 / self.smoothing
-            # A convolution's channels are dimension 1, a linear layer's the last.
-            shape = (-1, *(1,) * (x.dim() - 2)) if isinstance(self, nn.Conv2d) else (-1,)
-            x = (x * reciprocal.view(shape)).to(x.dtype)
-        if self.input_quantizer is None:
+    def smoothed_input(self, x: Tensor) -> Tensor:
+        """The input divided by the smoothing scales, before quantization; the shape and dtype of x."""
+        if self.smoothing is None:
             return x
-        return self.input_quantizer(x, timestep)
+        reciprocal = 1 / self.smoothing
+        # A convolution's channels are dimension 1, a linear layer's the last.
+        shape = (-1, *(1,) * (x.dim() - 2)) if isinstance(self, nn.Conv2d) else (-1,)
+        return (x * reciprocal.view(shape)).to(x.dtype)
+
+    def quantized_input(self, x: Tensor, timestep: Tensor | None) -> Tensor:
+        """The input that the quantized weight is applied to: smoothed, then quantized."""
+        x = self.smoothed_input(x)
+        return x if self.input_quantizer is None else self.input_quantizer(x, timestep)
 
     def _compute(self, x: Tensor, timestep: Tensor | None) -> Tensor:
         weight = self.quantized_weight() if self._frozen_weight is None else self._frozen_weight
-        return self._apply_weight(self._quantized_input(x, timestep), weight)
+        y = self.apply_weight(self.quantized_input(x, timestep), weight, self.bias)
+        return y if self.branch is None else y + self._apply_branch(self.smoothed_input(x), self.branch)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own operation with another weight [out, in / groups, *k] and bias [out]."""
+        raise NotImplementedError
+
+    def _apply_branch(self, x: Tensor, branch: LowRankBranch) -> Tensor:
         raise NotImplementedError
 
     def _run(self, x: Tensor, timestep: Tensor | None) -> Tensor:
@@ -122,8 +145,12 @@ class QuantizedLinear(_Quantized, nn.Linear):
         """[B, ..., in] -> [B, ..., out]; ``timestep`` [B] for per-timestep quantizers."""
         return self._run(x, timestep)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(x, weight, bias)
+
+    def _apply_branch(self, x: Tensor, branch: LowRankBranch) -> Tensor:
+        return F.linear(F.linear(x, branch.A), branch.B)
 
 
 class QuantizedConv2d(_Quantized, nn.Conv2d):
@@ -133,8 +160,12 @@ class QuantizedConv2d(_Quantized, nn.Conv2d):
         """[B, in, H, W] -> [B, out, H', W']; ``timestep`` [B] for per-timestep quantizers."""
         return self._run(x, timestep)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W']."""
+        return self._conv_forward(x, weight, bias)
+
+    def _apply_branch(self, x: Tensor, branch: LowRankBranch) -> Tensor:
+        return F.conv2d(self._conv_forward(x, branch.A, None), branch.B, groups=self.groups)
 
 
 def to_quantized(module: nn.Linear | nn.Conv2d) -> QuantizedLinear | QuantizedConv2d:

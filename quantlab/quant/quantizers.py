@@ -12,7 +12,7 @@ from quantlab.contracts.config import Strict
 from quantlab.contracts.quant import PerChannel, QParams, QuantSpec
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.errors import QuantlabError
-from quantlab.quant.functional import MIN_SCALE, fake_quantize, per_channel, search_scale
+from quantlab.quant.functional import MIN_SCALE, PERCENTILE, fake_quantize, per_channel, search_scale
 from quantlab.quant.timestep import group_by_timestep, nearest_index
 
 
@@ -21,6 +21,9 @@ class AffineConfig(Strict):
 
     search_elements: int = Field(
         8192, ge=256, description="elements of a per-tensor range's MSE search; longer tensors are thinned evenly"
+    )
+    percentile: float = Field(
+        PERCENTILE, gt=50, le=100, description="upper end of the range of the observer `percentile`, in %"
     )
 
 
@@ -72,7 +75,7 @@ class AffineQuantizer(Quantizer):
         values = torch.cat([x for x, _ in self._seen])
         if isinstance(self.spec.granularity, PerChannel):
             rows = values.transpose(0, self.spec.granularity.axis).flatten(1)
-            scale, zero_point = search_scale(rows, self.bits, self.spec.observer)
+            scale, zero_point = search_scale(rows, self.bits, self.spec.observer, percentile=self.config.percentile)
         elif self.spec.per_timestep:
             timestep = torch.cat([t for _, t in self._seen if t is not None])
             scale, zero_point = self._search_each_timestep(values, timestep)
@@ -83,7 +86,13 @@ class AffineQuantizer(Quantizer):
 
     def _search_tensor(self, values: Tensor) -> tuple[Tensor, Tensor]:
         row = values.reshape(1, -1)
-        return search_scale(row, self.bits.view(1), self.spec.observer, self.config.search_elements)
+        return search_scale(
+            row,
+            self.bits.view(1),
+            self.spec.observer,
+            self.config.search_elements,
+            percentile=self.config.percentile,
+        )
 
     def _search_each_timestep(self, values: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         self.timesteps, groups = group_by_timestep(values, timestep)

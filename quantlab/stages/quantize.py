@@ -20,6 +20,7 @@ from quantlab.allocation.student import (
     Student,
     add_adapters,
     build_student,
+    fill,
     restore,
     tapped_run,
 )
@@ -149,7 +150,7 @@ def _tune_with(
     tuner: Tuner = registry.create(Kind.TUNER, choice)
     student = before.student
     for layer in student.layers().values():
-        layer.merge_adapter()  # of the tuner before
+        layer.merge_adapter()  # of the tuner before; a branch stays
     adapter = tuner.adapter(settings)
     if adapter is not None:
         add_adapters(student, adapter, recipe.seed)
@@ -157,13 +158,16 @@ def _tune_with(
     def compute(folder: Path, progress: Progress) -> None:
         job = tune_job(captured, calibrated, student, registry, settings, recipe.seed, FileCheckpoint(folder), progress)
         result = tuner.tune(job)
+        (folder / "notes.json").write_text(json.dumps(list(result.notes)))
         (folder / "history.json").write_text(json.dumps({name: list(h) for name, h in result.history.items()}))
         save_state(student, folder / "tuned.safetensors")
         FileCheckpoint(folder).remove()
 
     title = f"{link.partition('/')[0]}: {choice.name}"
     stage = context.stage("tune", title, key, compute, link=link, resumable=True)
-    student.network.load_state_dict(load_state(stage.file("tuned.safetensors")))
+    for note in json.loads(notes.read_text()) if (notes := stage.path / "notes.json").is_file() else ():
+        context.console.warn(f"{title}: {note}")
+    fill(student, load_state(stage.file("tuned.safetensors")))
     return Quantized(student, before.bit_map, stage, (*before.stages, stage))
 
 

@@ -29,6 +29,7 @@ from quantlab.contracts.tuning import (
     TuneResult,
 )
 from quantlab.errors import QuantlabError
+from quantlab.tuning.checkpoint import restore_training, save_training
 from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
 
 SCALE_TO_LEARNING_RATE = 2500.0
@@ -84,7 +85,7 @@ class DistillTuner(Tuner):
         losses = _labelled(job.losses)
         names = ["total", *losses]
         history: dict[str, list[float]] = {name: [] for name in names}
-        start = _restore(job, parameters, optimizer, schedule, losses, history)
+        start = restore_training(job.checkpoint, parameters, optimizer, schedule, history, losses)
         quantizers = [
             module for layer in job.layers.values() for module in layer.modules() if isinstance(module, Quantizer)
         ]
@@ -106,7 +107,7 @@ class DistillTuner(Tuner):
             for name in names:
                 history[name].append(values[name].item() if name in values else math.nan)
             if (iteration + 1) % job.calibration.num_steps == 0 or iteration + 1 == total:
-                _save(job, iteration + 1, parameters, optimizer, losses, history)
+                save_training(job.checkpoint, iteration + 1, parameters, optimizer, history, losses)
             job.progress(iteration + 1, total)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
@@ -205,53 +206,3 @@ def _trainable(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
         parameter.requires_grad_(True)
         counted[f"{name}/{part}/{len(counted)}"] = parameter
     return counted
-
-
-def _save(
-    job: TuneJob,
-    iteration: int,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    losses: Mapping[str, Loss],
-    history: Mapping[str, list[float]],
-) -> None:
-    """Write parameters, optimizer state, the losses' memory and history to the checkpoint."""
-    tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = value
-    tensors |= {f"history/{name}": torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
-    for label, loss in losses.items():
-        tensors |= {f"loss/{label}/{key}": value for key, value in loss.state().items()}
-    job.checkpoint.save(iteration, tensors)
-
-
-def _restore(
-    job: TuneJob,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    losses: Mapping[str, Loss],
-    history: dict[str, list[float]],
-) -> int:
-    """Go back to the checkpoint, if there is one; returns the number of iterations done."""
-    iteration, tensors = job.checkpoint.load() or (0, {})
-    for label, loss in losses.items():
-        prefix = f"loss/{label}/"
-        loss.load({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
-    if iteration == 0:
-        return 0
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            parameter.copy_(tensors[f"parameter/{name}"])
-        prefix = f"optimizer/{name}/"
-        found = ((key, value.to(parameter.device)) for key, value in tensors.items() if key.startswith(prefix))
-        state = {key.removeprefix(prefix): value for key, value in found}
-        if state:
-            optimizer.state[parameter] = state
-    for name in history:
-        history[name] = tensors[f"history/{name}"].tolist()
-    schedule.last_epoch = iteration
-    for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = base * schedule.lr_lambdas[0](iteration)
-    return iteration

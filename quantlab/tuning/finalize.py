@@ -10,7 +10,7 @@ from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
 
 
 def finalize(layers: Mapping[str, QuantizedConv2d | QuantizedLinear]) -> dict[str, float]:
-    """Merge adapters and round the zero points that quantizers round anyway, in place.
+    """Merge adapters, round the zero points that quantizers round anyway and the branches to float16, in place.
 
     Returns:
         site -> largest change of the quantized weight that this made; rounding a zero point that is already rounded
@@ -21,6 +21,8 @@ def finalize(layers: Mapping[str, QuantizedConv2d | QuantizedLinear]) -> dict[st
         for name, layer in layers.items():
             before = layer.quantized_weight()
             layer.merge_adapter()
+            if layer.branch is not None:
+                layer.branch.round_factors()
             for quantizer in (layer.weight_quantizer, layer.input_quantizer):
                 if quantizer is not None:
                     quantizer.round_parameters()

@@ -12,6 +12,7 @@ from quantlab.errors import ModelError, RecipeError
 from quantlab.models.builtin import BuiltinConfig, BuiltinSource, DigitsTask
 from quantlab.models.module import ModuleTask
 from quantlab.zoo import digits
+from quantlab.zoo.train import noise_schedule
 
 
 def load(name: str = "digits", **sampling: object) -> DigitsTask:
@@ -48,6 +49,26 @@ def test_calibration_is_the_trajectory(task: DigitsTask) -> None:
     for index in range(3):
         after = task.schedule.step(index, data.outputs[index], data.inputs["sample"][index])
         torch.testing.assert_close(after, data.inputs["sample"][index + 1])
+
+
+def test_training_data_are_scans_with_noise(task: DigitsTask) -> None:
+    batch = task.training_batch(400, torch.Generator().manual_seed(3))
+    again = task.training_batch(400, torch.Generator().manual_seed(3))
+    assert all(torch.equal(value, again.inputs[name]) for name, value in batch.inputs.items())
+    signal = noise_schedule()[batch.inputs["timestep"]].view(-1, 1, 1, 1).double()
+    clean = (batch.inputs["sample"].double() - (1 - signal).sqrt() * batch.target.double()) / signal.sqrt()
+    images, labels = digits.load_images()
+    low = batch.inputs["timestep"] < 700  # beyond, little of the image is left
+    distance = torch.cdist(clean[low].flatten(1), images.flatten(1).double())
+    nearest, index = distance.min(1)
+    assert nearest.max() < 1e-3
+    given = batch.inputs["class_labels"]
+    named = given[low] != digits.NULL_CLASS
+    assert torch.equal(given[low][named], labels[index][named])
+    assert 0.05 < (given == digits.NULL_CLASS).float().mean() < 0.16
+    with torch.no_grad():
+        error = (run_of(task)(batch.inputs) - batch.target).square().mean()
+    assert error < 0.2, "what the denoiser was trained to predict"
 
 
 def test_noise_of_an_image_does_not_depend_on_the_number(task: DigitsTask) -> None:
@@ -226,3 +247,9 @@ def test_what_is_no_module_or_returns_no_tensor_is_told() -> None:
         ModuleTask(lambda x, t: x, batches)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"must return a tensor(.|\n)*got: dict"):
         ModuleTask(Silent().eval(), batches)
+
+
+def test_a_module_has_no_training_data() -> None:
+    task = ModuleTask(nn.Linear(2, 2), [torch.zeros(1, 2)])
+    with pytest.raises(ModelError, match="no training data"):
+        task.training_batch(4, torch.Generator())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantlab.contracts.quant import Observer
 from quantlab.errors import NonFiniteError
-from quantlab.quant.functional import fake_quantize, per_channel, search_scale, smoothing_scale
+from quantlab.quant.functional import fake_quantize, per_channel, percentile_range, search_scale, smoothing_scale
 
 MIXED = torch.tensor([1, 2, 3, 2, 1])
 
@@ -75,6 +75,32 @@ def test_long_rows_are_thinned_but_keep_their_range() -> None:
     x[0, 1] = 40.0
     scale, _ = search_scale(x, torch.tensor([8]), Observer.MIN_MAX, max_elements=100)
     assert scale.item() == pytest.approx((40.0 - x.min().item()) / 255)
+
+
+def test_percentiles_are_of_the_nearest_rank() -> None:
+    x = torch.arange(1000.0)[torch.randperm(1000, generator=torch.Generator().manual_seed(6))]
+    both = torch.stack([x, -2 * x])
+    low, high = percentile_range(both, 99.9)  # the 999th smallest and the 999th largest
+    assert (low.tolist(), high.tolist()) == ([1.0, -1996.0], [998.0, -2.0])
+    low, high = percentile_range(both, 60)
+    assert (low.tolist(), high.tolist()) == ([400.0, -1198.0], [599.0, -800.0])
+
+
+def test_the_percentile_range_holds_zero_and_spans_the_codes() -> None:
+    x = torch.arange(1.0, 101.0).view(1, -1)
+    scale, zero_point = search_scale(x, torch.tensor([2]), Observer.PERCENTILE, percentile=90)
+    assert (scale.item(), zero_point.item()) == (30.0, 0.0)
+    y = fake_quantize(x, scale, zero_point, 3)
+    assert y.max() == 90.0 and torch.equal(torch.unique(y), torch.tensor([0.0, 30.0, 60.0, 90.0]))
+
+
+@given(st.integers(0, 10_000), st.sampled_from([99.0, 99.9, 100.0]), st.integers(1, 90))
+@settings(max_examples=30, deadline=None)
+def test_percentiles_of_short_rows_are_the_extremes(seed: int, percentile: float, length: int) -> None:
+    x = rows(seed, 3, length)
+    found = search_scale(x, torch.full((3,), 4), Observer.PERCENTILE, percentile=percentile)
+    expected = search_scale(x, torch.full((3,), 4), Observer.MIN_MAX)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_mixed_widths_in_one_call_are_three_masked_passes() -> None:

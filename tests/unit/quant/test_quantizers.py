@@ -108,6 +108,20 @@ def test_channels_of_mixed_width() -> None:
     assert parameters.axis == 0
 
 
+def test_the_percentile_is_an_option() -> None:
+    x = torch.arange(1.0, 101.0)
+    tensor, channel = (
+        AffineQuantizer.from_spec(QuantSpec(kind, Observer.PERCENTILE), bits, AffineConfig(percentile=90))
+        for kind, bits in ((PerTensor(), 2), (PerChannel(0), torch.tensor([2, 1], dtype=torch.int8)))
+    )
+    tensor.observe(x)
+    channel.observe(torch.stack([x, -x]))
+    for quantizer in (tensor, channel):
+        quantizer.freeze()
+    assert (tensor.scale.item(), tensor.zero_point.item()) == (30.0, 0.0)
+    assert (channel.scale.tolist(), channel.zero_point.tolist()) == ([30.0, 90.0], [0.0, 1.0])
+
+
 def test_rounding_the_zero_points_changes_nothing_that_is_computed() -> None:
     quantizer = calibrated(QuantSpec(PerTensor()))
     quantizer.zero_point.data += 0.3
