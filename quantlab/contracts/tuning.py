@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor, nn
 
-    from quantlab.contracts.model import CalibrationSet, Inputs, Progress, Task
+    from quantlab.contracts.block import BlockCutter
+    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Inputs, Progress, Task
     from quantlab.contracts.sections import Tune
     from quantlab.contracts.site import Site
 
@@ -113,7 +114,9 @@ class TuneJob:
         layers: its quantized layers that may be trained, by site, in the graph's order, adapters in place.
         student: the quantized network's forward with taps.
         teacher: the float network's forward with taps.
+        cut: both networks in blocks that can be tuned by themselves.
         calibration: the recorded trajectories.
+        batch: the network inputs of the calibration set that bits and scales were found on.
         losses: each weighted by its own Config; they are summed.
         settings: the recipe's ``tune`` section.
         seed: all randomness derives from it and the epoch.
@@ -126,7 +129,9 @@ class TuneJob:
     layers: Mapping[str, nn.Module]
     student: TappedRun
     teacher: TappedRun
+    cut: BlockCutter
     calibration: CalibrationSet
+    batch: CalibrationBatch
     losses: Sequence[Loss]
     settings: Tune
     seed: int
