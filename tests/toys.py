@@ -14,6 +14,7 @@ from quantlab.allocation.student import QuantizerChoice, QuantizerChoices, Stude
 from quantlab.contracts.model import CalibrationSet, Inputs, Progress, Run, Task
 from quantlab.contracts.sections import Activations, Budget, Weights
 from quantlab.contracts.site import Site
+from quantlab.contracts.tuning import Checkpoint
 from quantlab.graph.capture import capture
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.sites import find_sites
@@ -113,6 +114,19 @@ def affine(weights: Weights | None = None, activations: Activations | None = Non
         QuantizerChoice(AffineQuantizer, weights or Weights()),
         QuantizerChoice(AffineQuantizer, activations or Activations(per_timestep=True)),
     )
+
+
+@dataclass
+class Memory(Checkpoint):
+    """Keeps a copy of everything saved."""
+
+    saved: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
+
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        return self.saved[-1] if self.saved else None
+
+    def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        self.saved.append((iteration, {name: value.clone() for name, value in tensors.items()}))
 
 
 def silent(done: int, total: int) -> None:

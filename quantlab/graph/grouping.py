@@ -47,19 +47,20 @@ class Grouper:
     def groups(self, partition: Partition, timestep_input: str | None) -> tuple[Group, ...]:
         """All layers of the graph in groups, in the graph's order; groups that share an operation become one."""
         temporal = self._temporal(timestep_input) if partition.temporal_first else ()
-        others = [site for site in self.calls if site not in temporal]
-        named = {TEMPORAL: temporal} if temporal else {}
         match partition.grouping:
             case Grouping.LAYER:
-                named |= {site: (site,) for site in others}
+                named = {site: (site,) for site in self.calls}
             case Grouping.BLOCK:
-                named |= list_elements(others)
-        return self._disjoint(named)
+                named = list_elements(tuple(self.calls))
+        named = {name: tuple(site for site in sites if site not in temporal) for name, sites in named.items()}
+        return self._disjoint({TEMPORAL: temporal, **named})
 
     def _disjoint(self, named: Mapping[str, tuple[str, ...]]) -> tuple[Group, ...]:
         """Each group with its convex hull; groups whose hulls meet are merged, the first gives the name."""
         found: dict[str, frozenset[fx.Node]] = {}
         for name, sites in named.items():
+            if not sites:
+                continue
             claimed = frozenset[fx.Node]().union(*found.values())
             seeds = {node for site in sites for node in self.calls[site]}
             if name not in self.calls:

@@ -56,6 +56,12 @@ class _Quantized(nn.Module):
         weight = self.weight if self.adapter is None else self.weight + self.adapter.delta()
         return weight if self.smoothing is None else (weight * self._weight_smoothing()).to(weight.dtype)
 
+    def set_float_weight(self, weight: Tensor) -> None:
+        """Change the weight so that ``float_weight`` gives this one; the adapter must be merged before."""
+        assert self.adapter is None, "an adapter would be added to the new weight"
+        with torch.no_grad():
+            self.weight.copy_(weight if self.smoothing is None else weight / self._weight_smoothing())
+
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
         weight = self.float_weight()

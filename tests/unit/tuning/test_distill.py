@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from quantlab_mpqdm.relation import RelationConfig, RelationLoss
 from torch import Tensor
-from toys import Toy, affine, make_toy, silent
+from toys import Memory, Toy, affine, make_toy, silent
 
 from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.student import Student, add_adapters, tapped_run
@@ -17,7 +17,7 @@ from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.sections import InputsFrom, Tune
-from quantlab.contracts.tuning import OUTPUT, AdapterSpec, Checkpoint, ConvAdapter, Loss, StepContext, TuneJob
+from quantlab.contracts.tuning import OUTPUT, AdapterSpec, ConvAdapter, Loss, StepContext, TuneJob
 from quantlab.errors import NonFiniteError, QuantlabError
 from quantlab.losses.mse import MseConfig, MseLoss
 from quantlab.tuning.distill import DistillConfig, DistillTuner, parameter_groups
@@ -26,19 +26,6 @@ from quantlab.tuning.finalize import finalize
 SETTINGS = Tune(
     iterations=24, batch=4, rank=2, adapter_learning_rate=3e-3, weight_learning_rate=1e-3, activation_learning_rate=1e-3
 )
-
-
-@dataclass
-class Memory(Checkpoint):
-    """Keeps a copy of everything saved."""
-
-    saved: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
-
-    def load(self) -> tuple[int, dict[str, Tensor]] | None:
-        return self.saved[-1] if self.saved else None
-
-    def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        self.saved.append((iteration, {name: value.clone() for name, value in tensors.items()}))
 
 
 def prepared(toy: Toy) -> Student:
