@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
+    from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
     from quantlab.contracts.config import Strict
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
-    from quantlab.contracts.sections import Budget
+    from quantlab.contracts.sections import Budget, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import (
         OUTPUT,
@@ -56,6 +57,7 @@ _NAMES = {
     "api": "LoadedRun QuantizedModule load_quantized quantize",
     "bench": "run_bench=bench",
     "contracts.allocation": "FLOAT_BITS AllocationProblem BitMap BitPolicy SiteData",
+    "contracts.block": "TEMPORAL Block Grouping Partition",
     "contracts.config": "Strict",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
@@ -63,7 +65,7 @@ _NAMES = {
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
-    "contracts.sections": "Budget",
+    "contracts.sections": "Budget Tune",
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "OUTPUT AdapterSpec Checkpoint ConvAdapter Loss StepContext TuneJob Tuner TuneResult",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
@@ -84,16 +86,19 @@ _WHERE = {
 __all__ = [
     "FLOAT_BITS",
     "OUTPUT",
+    "TEMPORAL",
     "AdapterSpec",
     "AllocationProblem",
     "ArtefactError",
     "BitMap",
     "BitPolicy",
+    "Block",
     "Budget",
     "CalibrationSet",
     "CaptureError",
     "Checkpoint",
     "ConvAdapter",
+    "Grouping",
     "LoadedRecipe",
     "LoadedRun",
     "Loss",
@@ -101,6 +106,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "Observer",
+    "Partition",
     "PerChannel",
     "PerTensor",
     "PluginError",
@@ -124,6 +130,7 @@ __all__ = [
     "StepContext",
     "Strict",
     "Task",
+    "Tune",
     "TuneJob",
     "TuneResult",
     "Tuner",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.sections import Choice, Tune, Weights
-from quantlab.contracts.tuning import Checkpoint, TuneJob, Tuner
+from quantlab.contracts.tuning import Checkpoint, TappedRun, TuneJob, Tuner
 from quantlab.errors import ArtefactError
 from quantlab.graph.blocks import Traced, cut_blocks
 from quantlab.plugins import Kind, Registry
@@ -185,14 +185,21 @@ def tune_job(
     student, task = before.student, captured.task
     layers = student.trained_layers()
     teacher, traced = Traced(task.network, captured.graph), Traced(student.network, student.graph)
+
+    def tap(paths: Sequence[str]) -> tuple[TappedRun, TappedRun]:
+        return tapped_run(student.network, student.graph, paths), tapped_run(task.network, captured.graph, paths)
+
     losses = [registry.create(Kind.LOSS, choice) for choice in settings.losses]
     taps = tuple(dict.fromkeys(path for loss in losses for path in loss.taps(captured.sites)))
+    run, float_run = tap(taps)
     return TuneJob(
         task=task,
         network=student.network,
         layers=layers,
-        student=tapped_run(student.network, student.graph, taps),
-        teacher=tapped_run(task.network, captured.graph, taps),
+        sites=captured.sites,
+        student=run,
+        teacher=float_run,
+        tap=tap,
         cut=lambda partition: cut_blocks(teacher, traced, layers, task.timestep_input, partition),
         calibration=calibrated.data,
         batch=before.batch,

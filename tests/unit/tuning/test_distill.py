@@ -9,10 +9,10 @@ import pytest
 import torch
 from quantlab_mpqdm.relation import RelationConfig, RelationLoss
 from torch import Tensor
-from toys import Memory, Toy, affine, make_toy, silent
+from toys import Memory, Toy, affine, make_toy, silent, tune_job
 
 from quantlab.allocation.assign import AssignMethod, assign
-from quantlab.allocation.student import Student, add_adapters, tapped_run
+from quantlab.allocation.student import Student, add_adapters
 from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import FLOAT_BITS
@@ -37,22 +37,7 @@ def prepared(toy: Toy) -> Student:
 
 
 def job_of(toy: Toy, student: Student, losses: list[Loss], settings: Tune = SETTINGS) -> TuneJob:
-    taps = tuple(path for loss in losses for path in loss.taps(toy.sites))
-    return TuneJob(
-        task=toy.task,
-        network=student.network,
-        layers=student.trained_layers(),
-        student=tapped_run(student.network, student.graph, taps),
-        teacher=tapped_run(toy.task.network, toy.graph, taps),
-        cut=lambda partition: (),
-        calibration=toy.calibration,
-        batch=calibration_batch(toy.task, toy.calibration, 8),
-        losses=losses,
-        settings=settings,
-        seed=3,
-        checkpoint=Memory(),
-        progress=silent,
-    )
+    return tune_job(toy, student, losses, settings)
 
 
 def tuned(toy: Toy, losses: list[Loss], **options: object) -> tuple[Student, Mapping]:

@@ -7,17 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Memory, Toy, affine, make_toy, silent
+from toys import Memory, Toy, affine, make_toy, silent, tune_job
 
 from quantlab.allocation.assign import AssignMethod, assign
-from quantlab.allocation.student import Student, tapped_run
+from quantlab.allocation.student import Student
 from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.block import TEMPORAL, Block, Border, Grouping, Partition
-from quantlab.contracts.sections import Activations, InputsFrom, Tune
-from quantlab.contracts.tuning import TuneJob
+from quantlab.contracts.sections import Activations, InputsFrom
 from quantlab.errors import NonFiniteError, QuantlabError
-from quantlab.graph.blocks import Traced, cut_blocks
 from quantlab.tuning.block_data import BlockData
 from quantlab.tuning.finalize import finalize
 from quantlab.tuning.reconstruct import ReconstructConfig, ReconstructTuner, block_error
@@ -33,30 +31,10 @@ def prepared(toy: Toy, inputs: Activations | None = None) -> Student:
     return student
 
 
-def job_of(toy: Toy, student: Student) -> TuneJob:
-    teacher, quantized = Traced(toy.task.network, toy.graph), Traced(student.network, student.graph)
-    layers = student.trained_layers()
-    return TuneJob(
-        task=toy.task,
-        network=student.network,
-        layers=layers,
-        student=tapped_run(student.network, student.graph, ()),
-        teacher=tapped_run(toy.task.network, toy.graph, ()),
-        cut=lambda partition: cut_blocks(teacher, quantized, layers, "timestep", partition),
-        calibration=toy.calibration,
-        batch=calibration_batch(toy.task, toy.calibration, 8),
-        losses=(),
-        settings=Tune(iterations=60, batch=16),
-        seed=3,
-        checkpoint=Memory(),
-        progress=silent,
-    )
-
-
 def reconstructed(toy: Toy, inputs: Activations | None = None, **options: object) -> tuple[Student, dict]:
     student = prepared(toy, inputs)
     config = ReconstructConfig.model_validate(FAST | options)
-    return student, dict(ReconstructTuner(config).tune(job_of(toy, student)).history)
+    return student, dict(ReconstructTuner(config).tune(tune_job(toy, student)).history)
 
 
 def output_error(toy: Toy, student: Student) -> float:
@@ -143,7 +121,7 @@ def test_blocks_and_their_order() -> None:
 
 def test_the_temporal_block_is_not_touched_again() -> None:
     toy = make_toy(weight_bits=2)
-    job = job_of(toy, student := prepared(toy))
+    job = tune_job(toy, student := prepared(toy))
     ReconstructTuner(ReconstructConfig.model_validate(FAST | {"temporal_first": True})).tune(job)
     assert isinstance(job.checkpoint, Memory)
     done, first = job.checkpoint.saved[0]
@@ -160,11 +138,11 @@ def test_a_killed_run_resumes_to_the_same_bits(blocks_before: int) -> None:
     options = FAST | {"iterations": 8, "drop": 0.5, "float_inputs": 0.5, "activations": "joint"}
     tuner = ReconstructTuner(ReconstructConfig.model_validate(options))
     student = prepared(toy)
-    job = job_of(toy, student)
+    job = tune_job(toy, student)
     whole = tuner.tune(job)
     assert isinstance(job.checkpoint, Memory)
     resumed = prepared(toy)
-    again = replace(job_of(toy, resumed), checkpoint=Memory(job.checkpoint.saved[:blocks_before]))
+    again = replace(tune_job(toy, resumed), checkpoint=Memory(job.checkpoint.saved[:blocks_before]))
     assert tuner.tune(again).history == whole.history
     expected = student.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())
@@ -212,7 +190,7 @@ def test_a_bad_block_is_named_and_quantizers_are_put_back() -> None:
     layer.input_quantizer.scale.data.fill_(float("nan"))
     quantizers = layer.weight_quantizer, layer.input_quantizer
     with pytest.raises(NonFiniteError, match=r"block blocks\.1, iteration 0") as caught:
-        ReconstructTuner(ReconstructConfig.model_validate(FAST | {"drop": 0.5})).tune(job_of(toy, student))
+        ReconstructTuner(ReconstructConfig.model_validate(FAST | {"drop": 0.5})).tune(tune_job(toy, student))
     assert "blocks.1.conv" in caught.value.what and "learning_rate" in caught.value.next_step
     assert (layer.weight_quantizer, layer.input_quantizer) == quantizers
 
@@ -223,7 +201,7 @@ def test_a_weight_without_a_grid_is_refused_before_anything_changes(monkeypatch)
     before = student.layer("time").weight.clone()
     monkeypatch.setattr(student.layer("conv_out").weight_quantizer, "qparams", lambda: None)
     with pytest.raises(QuantlabError, match="site conv_out"):
-        ReconstructTuner(ReconstructConfig.model_validate(FAST)).tune(job_of(toy, student))
+        ReconstructTuner(ReconstructConfig.model_validate(FAST)).tune(tune_job(toy, student))
     assert torch.equal(student.layer("time").weight, before)
 
 
@@ -253,7 +231,7 @@ def test_inputs_are_of_the_quantized_network_as_it_is() -> None:
     """Once a block is reconstructed, the next one sees what it gives now."""
     toy = make_toy(weight_bits=2)
     student = prepared(toy)
-    job = job_of(toy, student)
+    job = tune_job(toy, student)
     seen: dict[str, Border] = {}
 
     def watched(block: Block) -> Block:
@@ -266,7 +244,7 @@ def test_inputs_are_of_the_quantized_network_as_it_is() -> None:
     cut = job.cut
     watching = replace(job, cut=lambda partition: tuple(map(watched, cut(partition))))
     ReconstructTuner(ReconstructConfig.model_validate(FAST)).tune(watching)
-    before = {block.name: block for block in job_of(toy, prepared(toy)).cut(Partition(Grouping.BLOCK))}
+    before = {block.name: block for block in tune_job(toy, prepared(toy)).cut(Partition(Grouping.BLOCK))}
     for block in cut(Partition(Grouping.BLOCK)):
         border = block.record_student(job.batch.inputs)
         assert all(torch.equal(value, seen[block.name].inputs[name]) for name, value in border.inputs.items())
