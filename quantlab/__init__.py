@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quantlab.bench import bench as run_bench
     from quantlab.calibration.collect import calibration_batch
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
+    from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
     from quantlab.contracts.config import Strict
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
     from quantlab.contracts.schedule import LossConfig, Schedule
-    from quantlab.contracts.sections import Budget
+    from quantlab.contracts.sections import Budget, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import (
         OUTPUT,
@@ -66,6 +67,7 @@ _NAMES = {
     "bench": "run_bench=bench",
     "calibration.collect": "calibration_batch",
     "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS SiteData",
+    "contracts.block": "Block Grouping Partition TEMPORAL",
     "contracts.config": "Strict",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
@@ -74,7 +76,7 @@ _NAMES = {
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
     "contracts.schedule": "LossConfig Schedule",
-    "contracts.sections": "Budget",
+    "contracts.sections": "Budget Tune",
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
@@ -102,17 +104,20 @@ _WHERE = {
 __all__ = [
     "FLOAT_BITS",
     "OUTPUT",
+    "TEMPORAL",
     "AdapterSpec",
     "AdapterStart",
     "AllocationProblem",
     "ArtefactError",
     "BitMap",
     "BitPolicy",
+    "Block",
     "Budget",
     "CalibrationSet",
     "CaptureError",
     "Checkpoint",
     "ConvAdapter",
+    "Grouping",
     "LoadedRecipe",
     "LoadedRun",
     "Loss",
@@ -121,6 +126,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "Observer",
+    "Partition",
     "PerChannel",
     "PerTensor",
     "PluginError",
@@ -148,6 +154,7 @@ __all__ = [
     "Strict",
     "Task",
     "TrainingBatch",
+    "Tune",
     "TuneJob",
     "TuneResult",
     "Tuner",

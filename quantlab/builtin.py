@@ -49,10 +49,11 @@ def quantlab_quantizers() -> list[type[Quantizer]]:
 
 @hookimpl
 def quantlab_tuners() -> list[type]:
-    """Distillation along the sampling trajectory."""
+    """Distillation along the sampling trajectory, and reconstruction block by block."""
     from quantlab.tuning.distill import DistillTuner
+    from quantlab.tuning.reconstruct import ReconstructTuner
 
-    return [DistillTuner]
+    return [DistillTuner, ReconstructTuner]
 
 
 @hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantlab.allocation.plan import Plan, make_plan
-from quantlab.allocation.student import QuantizerChoice, QuantizerChoices, Student, build_student
+from quantlab.allocation.student import QuantizerChoice, QuantizerChoices, Student, build_student, tapped_run
+from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.model import CalibrationSet, Inputs, Progress, Run, Task
-from quantlab.contracts.sections import Activations, Budget, Weights
+from quantlab.contracts.sections import Activations, Budget, Tune, Weights
 from quantlab.contracts.site import Site
+from quantlab.contracts.tuning import Checkpoint, Loss, TappedRun, TuneJob
+from quantlab.graph.blocks import Traced, cut_blocks
 from quantlab.graph.capture import capture
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.sites import find_sites
@@ -113,6 +116,47 @@ def affine(weights: Weights | None = None, activations: Activations | None = Non
         QuantizerChoice(AffineQuantizer, weights or Weights()),
         QuantizerChoice(AffineQuantizer, activations or Activations(per_timestep=True)),
     )
+
+
+def tune_job(toy: Toy, student: Student, losses: Sequence[Loss] = (), settings: Tune | None = None) -> TuneJob:
+    """A job on a toy's student, seed 3."""
+    teacher, quantized = Traced(toy.task.network, toy.graph), Traced(student.network, student.graph)
+    layers = student.trained_layers()
+
+    def tap(paths: Sequence[str]) -> tuple[TappedRun, TappedRun]:
+        return tapped_run(student.network, student.graph, paths), tapped_run(toy.task.network, toy.graph, paths)
+
+    run, float_run = tap(tuple(path for loss in losses for path in loss.taps(toy.sites)))
+    return TuneJob(
+        task=toy.task,
+        network=student.network,
+        layers=layers,
+        sites=toy.sites,
+        student=run,
+        teacher=float_run,
+        tap=tap,
+        cut=lambda partition: cut_blocks(teacher, quantized, layers, "timestep", partition),
+        calibration=toy.calibration,
+        batch=calibration_batch(toy.task, toy.calibration, 8),
+        losses=losses,
+        settings=settings or Tune(iterations=60, batch=16),
+        seed=3,
+        checkpoint=Memory(),
+        progress=silent,
+    )
+
+
+@dataclass
+class Memory(Checkpoint):
+    """Keeps a copy of everything saved."""
+
+    saved: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
+
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        return self.saved[-1] if self.saved else None
+
+    def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        self.saved.append((iteration, {name: value.clone() for name, value in tensors.items()}))
 
 
 def silent(done: int, total: int) -> None:

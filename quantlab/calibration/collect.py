@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quantlab.contracts.model import CalibrationSet, Inputs, Task
+from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task
 from quantlab.errors import NonFiniteError, QuantlabError
 
 SeeInput = Callable[[str, Tensor], None]
 """Called with a site's name and its input, before the site computes."""
-
-
-@dataclass(frozen=True)
-class CalibrationBatch:
-    """Every step of some trajectories as one batch of the network.
-
-    Attributes:
-        inputs: keyword tensors [M, ...].
-        timestep: [M], or None without a timestep input.
-    """
-
-    inputs: Inputs
-    timestep: Tensor | None
 
 
 def calibration_batch(task: Task, calibration: CalibrationSet, samples: int) -> CalibrationBatch:

@@ -51,6 +51,19 @@ class CalibrationSet:
 
 
 @dataclass(frozen=True)
+class CalibrationBatch:
+    """What quantizers and policies are measured on, as one batch of the network.
+
+    Attributes:
+        inputs: keyword tensors [M, ...], doubled under guidance.
+        timestep: [M], or None without a timestep input.
+    """
+
+    inputs: Inputs
+    timestep: Tensor | None
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
     """Real data as the network was trained on them.
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor, nn
 
-    from quantlab.contracts.model import CalibrationSet, Inputs, Progress, Task
+    from quantlab.contracts.block import BlockCutter
+    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Inputs, Progress, Task
     from quantlab.contracts.sections import Tune
     from quantlab.contracts.site import Site
 
@@ -110,6 +111,8 @@ class Loss(ABC):
 
 TappedRun = Callable[["Inputs"], tuple["Tensor", Mapping[str, "Tensor"]]]
 """A network's forward that also returns the taps by module path."""
+Tapper = Callable[[Sequence[str]], tuple[TappedRun, TappedRun]]
+"""The forwards of student and teacher with these module paths as taps."""
 
 
 class Checkpoint(ABC):
@@ -132,9 +135,13 @@ class TuneJob:
         task: the network's contract: how inputs are doubled and predictions combined under guidance.
         network: the quantized network.
         layers: its quantized layers that may be trained, by site, in the graph's order, adapters in place.
+        sites: every site of the network, with its tags.
         student: the quantized network's forward with taps.
         teacher: the float network's forward with taps.
+        tap: both forwards with other taps than those of the losses.
+        cut: both networks in blocks that can be tuned by themselves.
         calibration: the recorded trajectories.
+        batch: the network inputs of the calibration set that bits and scales were found on.
         losses: each weighted by its own Config; they are summed.
         settings: the recipe's ``tune`` section.
         seed: all randomness derives from it and the epoch.
@@ -145,9 +152,13 @@ class TuneJob:
     task: Task
     network: nn.Module
     layers: Mapping[str, nn.Module]
+    sites: Sequence[Site]
     student: TappedRun
     teacher: TappedRun
+    tap: Tapper
+    cut: BlockCutter
     calibration: CalibrationSet
+    batch: CalibrationBatch
     losses: Sequence[Loss]
     settings: Tune
     seed: int

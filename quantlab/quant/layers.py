@@ -72,10 +72,10 @@ class _Quantized(nn.Module):
         return weight if self.smoothing is None else (weight * self._weight_smoothing()).to(weight.dtype)
 
     def set_float_weight(self, weight: Tensor) -> None:
-        """Make ``float_weight`` [out, in / groups, *k] this one, up to float rounding; for a layer without adapter."""
-        assert self.adapter is None, "an adapter is merged first"
-        unsmoothed = weight if self.smoothing is None else weight / self._weight_smoothing()
-        self.weight.data = unsmoothed.to(self.weight)
+        """Change the weight so that ``float_weight`` gives this one; the adapter must be merged before."""
+        assert self.adapter is None, "an adapter would be added to the new weight"
+        with torch.no_grad():
+            self.weight.copy_(weight if self.smoothing is None else weight / self._weight_smoothing())
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""

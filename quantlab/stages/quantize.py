@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from quantlab.allocation.student import (
 )
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
-from quantlab.contracts.model import Progress
+from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.sections import Choice, Tune, Weights
-from quantlab.contracts.tuning import Checkpoint, TuneJob, Tuner
+from quantlab.contracts.tuning import Checkpoint, TappedRun, TuneJob, Tuner
 from quantlab.errors import ArtefactError
+from quantlab.graph.blocks import Traced, cut_blocks
 from quantlab.plugins import Kind, Registry
 from quantlab.recipe.schema import Recipe
 from quantlab.stages.context import RunContext, as_json
@@ -49,12 +50,14 @@ class Quantized:
     Attributes:
         student: its network, quantizers in place.
         bit_map: its bits.
+        batch: what its bits and scales were found on.
         stage: the last stage.
         stages: all of them from assignment on.
     """
 
     student: Student
     bit_map: BitMap
+    batch: CalibrationBatch
     stage: StageFolder
     stages: tuple[StageFolder, ...]
 
@@ -90,6 +93,7 @@ def assign_bits(
         "plugins": context.versions(*plugins),
     }
     choices = choices_of(recipe, registry)
+    batch = calibration_batch(captured.task, calibrated.data, recipe.calibrate.samples)
     static = [site.name for site in plan.budgeted if not site.has_samples_first]
     if static and recipe.activations.per_timestep:
         context.console.warn(
@@ -105,7 +109,6 @@ def assign_bits(
             recipe.inputs_from,
         )
         student = build_student(captured.task, captured.graph, plan)
-        batch = calibration_batch(captured.task, calibrated.data, recipe.calibrate.samples)
         rng = torch.Generator().manual_seed(recipe.seed)
         bit_map = assign(student, method, batch, rng, progress)
         (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(bit_map)))
@@ -115,7 +118,7 @@ def assign_bits(
     bit_map = bit_map_from_json(json.loads(stage.file("allocation.json").read_text()))
     student = build_student(captured.task, captured.graph, plan)
     restore(student, bit_map, choices, load_state(stage.file("qparams.safetensors")))
-    return Quantized(student, bit_map, stage, (stage,))
+    return Quantized(student, bit_map, batch, stage, (stage,))
 
 
 def tune(
@@ -156,25 +159,26 @@ def _tune_with(
         add_adapters(student, adapter, recipe.seed)
 
     def compute(folder: Path, progress: Progress) -> None:
-        job = tune_job(captured, calibrated, student, registry, settings, recipe.seed, FileCheckpoint(folder), progress)
+        checkpoint = FileCheckpoint(folder)
+        job = tune_job(captured, calibrated, before, registry, settings, recipe.seed, checkpoint, progress)
         result = tuner.tune(job)
         (folder / "notes.json").write_text(json.dumps(list(result.notes)))
         (folder / "history.json").write_text(json.dumps({name: list(h) for name, h in result.history.items()}))
         save_state(student, folder / "tuned.safetensors")
-        FileCheckpoint(folder).remove()
+        checkpoint.remove()
 
     title = f"{link.partition('/')[0]}: {choice.name}"
     stage = context.stage("tune", title, key, compute, link=link, resumable=True)
     for note in json.loads(notes.read_text()) if (notes := stage.path / "notes.json").is_file() else ():
         context.console.warn(f"{title}: {note}")
     fill(student, load_state(stage.file("tuned.safetensors")))
-    return Quantized(student, before.bit_map, stage, (*before.stages, stage))
+    return Quantized(student, before.bit_map, before.batch, stage, (*before.stages, stage))
 
 
 def tune_job(
     captured: Captured,
     calibrated: Calibrated,
-    student: Student,
+    before: Quantized,
     registry: Registry,
     settings: Tune,
     seed: int,
@@ -182,15 +186,27 @@ def tune_job(
     progress: Progress,
 ) -> TuneJob:
     """Everything a tuner needs, with forwards that return the losses' taps."""
+    student, task = before.student, captured.task
+    layers = student.trained_layers()
+    teacher, traced = Traced(task.network, captured.graph), Traced(student.network, student.graph)
+
+    def tap(paths: Sequence[str]) -> tuple[TappedRun, TappedRun]:
+        return tapped_run(student.network, student.graph, paths), tapped_run(task.network, captured.graph, paths)
+
     losses = [registry.create(Kind.LOSS, choice) for choice in settings.losses]
     taps = tuple(dict.fromkeys(path for loss in losses for path in loss.taps(captured.sites)))
+    run, float_run = tap(taps)
     return TuneJob(
-        task=captured.task,
+        task=task,
         network=student.network,
-        layers=student.trained_layers(),
-        student=tapped_run(student.network, student.graph, taps),
-        teacher=tapped_run(captured.task.network, captured.graph, taps),
+        layers=layers,
+        sites=captured.sites,
+        student=run,
+        teacher=float_run,
+        tap=tap,
+        cut=lambda partition: cut_blocks(teacher, traced, layers, task.timestep_input, partition),
         calibration=calibrated.data,
+        batch=before.batch,
         losses=losses,
         settings=settings,
         seed=seed,
@@ -214,7 +230,7 @@ def finalize(context: RunContext, tuned: Quantized, arm: str) -> Quantized:
         finalize_layers(tuned.student.layers())
     for layer in tuned.student.layers().values():
         layer.freeze()
-    return Quantized(tuned.student, tuned.bit_map, stage, (*tuned.stages, stage))
+    return Quantized(tuned.student, tuned.bit_map, tuned.batch, stage, (*tuned.stages, stage))
 
 
 @dataclass(frozen=True)

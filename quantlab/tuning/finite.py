@@ -12,23 +12,26 @@ from quantlab.errors import NonFiniteError
 NEXT_STEP = "lower tune.adapter_learning_rate or tune.activation_learning_rate, or raise the bits of that site"
 
 
-def require_finite_gradients(parameters: Mapping[str, nn.Parameter], where: str) -> None:
+def require_finite_gradients(parameters: Mapping[str, nn.Parameter], where: str, next_step: str = NEXT_STEP) -> None:
     """Raises NonFiniteError with the first parameter whose gradient is not finite."""
     gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
     if torch.isfinite(torch.nn.utils.get_total_norm(gradients.values())):
         return
     bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
     what = f"the gradient of {bad[0]} is not finite" if bad else "the gradients are so large that their norm overflows"
-    raise NonFiniteError(what, where=where, next_step=NEXT_STEP)
+    raise NonFiniteError(what, where=where, next_step=next_step)
 
 
-def blame_non_finite(network: nn.Module, forward: Callable[[], object], where: str) -> NonFiniteError:
+def blame_non_finite(
+    network: nn.Module, forward: Callable[[], object], where: str, next_step: str = NEXT_STEP
+) -> NonFiniteError:
     """The error for a loss that is not finite: it names the first module of ``forward`` where that begins.
 
     Args:
         network: its modules are watched in the order in which they compute.
         forward: the forward that gave the loss, run once more.
         where: the step, for the message.
+        next_step: what to do now, for the message.
     """
     found: list[str] = []
 
@@ -58,5 +61,5 @@ def blame_non_finite(network: nn.Module, forward: Callable[[], object], where: s
     return NonFiniteError(
         "the loss is not finite" + (f"; first in {found[0]}" if found else ", though every module is: it overflowed"),
         where=where,
-        next_step=NEXT_STEP,
+        next_step=next_step,
     )

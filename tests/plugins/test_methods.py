@@ -85,3 +85,22 @@ def test_the_parts_of_v2_are_added_one_by_one(loaded) -> None:
 def test_ptq_has_no_tuner(loaded) -> None:
     for name in ("min-max", "mse"):
         assert for_method(loaded, name).tune.tuners == ()
+
+
+def test_reconstruction_settings(loaded) -> None:
+    """What tells the methods apart that reconstruct blocks; all have the same number of iterations."""
+
+    def options(name: str) -> dict:
+        return for_method(loaded, name).tune.tuners[0].options
+
+    names = ("adaround", "brecq", "qdrop", "q-diffusion", "tfmq-dm", "eda-dm", "quest")
+    assert {options(name)["iterations"] for name in names} == {200}
+    assert [name for name in names if options(name)["grouping"] == "layer"] == ["adaround"]
+    assert [name for name in names if options(name)["activations"] == "joint"] == ["qdrop", "eda-dm"]
+    assert [name for name in names if options(name)["temporal_first"]] == ["tfmq-dm"]
+    assert [name for name in names if options(name)["inner_weight"]] == ["eda-dm"]
+    assert {options(name)["drop"] for name in ("qdrop", "eda-dm")} == {0.5}
+    assert for_method(loaded, "tfmq-dm").activations.per_timestep
+    quest, base = for_method(loaded, "quest"), for_method(loaded, "q-diffusion")
+    assert quest.tune.tuners[0] == base.tune.tuners[0]
+    assert [choice.name for choice in quest.tune.tuners] == ["reconstruct", "selective"]

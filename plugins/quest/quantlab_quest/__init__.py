@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
-from quantlab import Method, hookimpl, method_from_yaml
+from quantlab import Method, Tuner, hookimpl, method_from_yaml
+
+
+@hookimpl
+def quantlab_tuners() -> list[type[Tuner]]:
+    """Selective fine-tuning."""
+    from quantlab_quest.selective import SelectiveTuner
+
+    return [SelectiveTuner]
 
 
 @hookimpl

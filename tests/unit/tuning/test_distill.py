@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from quantlab_mpqdm.memory import MemoryRelationConfig, MemoryRelationLoss
 from quantlab_mpqdm.relation import RelationConfig, RelationLoss
 from torch import Tensor
-from toys import Toy, affine, make_toy, silent
+from toys import Memory, Toy, affine, make_toy, silent, tune_job
 
 from quantlab.allocation.assign import AssignMethod, assign
-from quantlab.allocation.student import Student, add_adapters, tapped_run
+from quantlab.allocation.student import Student, add_adapters
 from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.schedule import Schedule
 from quantlab.contracts.sections import InputsFrom, Tune
-from quantlab.contracts.tuning import (
-    OUTPUT,
-    AdapterSpec,
-    AdapterStart,
-    Checkpoint,
-    ConvAdapter,
-    Loss,
-    StepContext,
-    TuneJob,
-)
+from quantlab.contracts.tuning import OUTPUT, AdapterSpec, AdapterStart, ConvAdapter, Loss, StepContext, TuneJob
 from quantlab.errors import NonFiniteError, QuantlabError
 from quantlab.losses.fisher import FisherConfig, FisherLoss
 from quantlab.losses.mse import MseConfig, MseLoss
@@ -39,19 +30,6 @@ from quantlab.tuning.finalize import finalize
 SETTINGS = Tune(
     iterations=24, batch=4, rank=2, adapter_learning_rate=3e-3, weight_learning_rate=1e-3, activation_learning_rate=1e-3
 )
-
-
-@dataclass
-class Memory(Checkpoint):
-    """Keeps a copy of everything saved."""
-
-    saved: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
-
-    def load(self) -> tuple[int, dict[str, Tensor]] | None:
-        return self.saved[-1] if self.saved else None
-
-    def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        self.saved.append((iteration, {name: value.clone() for name, value in tensors.items()}))
 
 
 def assigned(toy: Toy) -> Student:
@@ -68,20 +46,7 @@ def prepared(toy: Toy) -> Student:
 
 
 def job_of(toy: Toy, student: Student, losses: list[Loss], settings: Tune = SETTINGS) -> TuneJob:
-    taps = tuple(path for loss in losses for path in loss.taps(toy.sites))
-    return TuneJob(
-        task=toy.task,
-        network=student.network,
-        layers=student.trained_layers(),
-        student=tapped_run(student.network, student.graph, taps),
-        teacher=tapped_run(toy.task.network, toy.graph, taps),
-        calibration=toy.calibration,
-        losses=losses,
-        settings=settings,
-        seed=3,
-        checkpoint=Memory(),
-        progress=silent,
-    )
+    return tune_job(toy, student, losses, settings)
 
 
 def tuned(toy: Toy, losses: list[Loss], **options: object) -> tuple[Student, Mapping]:
