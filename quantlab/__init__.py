@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
+    from quantlab.calibration.choose import draw_pairs
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
     from quantlab.contracts.config import Strict
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationSet, Task
+    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.sampler import CalibrationPairs, CalibrationSampler, SamplerProblem
     from quantlab.contracts.sections import Budget
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import (
@@ -55,14 +57,16 @@ if TYPE_CHECKING:
 _NAMES = {
     "api": "LoadedRun QuantizedModule load_quantized quantize",
     "bench": "run_bench=bench",
+    "calibration.choose": "draw_pairs",
     "contracts.allocation": "FLOAT_BITS AllocationProblem BitMap BitPolicy SiteData",
     "contracts.config": "Strict",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
-    "contracts.model": "CalibrationSet Task",
+    "contracts.model": "CalibrationBatch CalibrationSet Task",
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
+    "contracts.sampler": "CalibrationPairs CalibrationSampler SamplerProblem",
     "contracts.sections": "Budget",
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "OUTPUT AdapterSpec Checkpoint ConvAdapter Loss StepContext TuneJob Tuner TuneResult",
@@ -90,6 +94,9 @@ __all__ = [
     "BitMap",
     "BitPolicy",
     "Budget",
+    "CalibrationBatch",
+    "CalibrationPairs",
+    "CalibrationSampler",
     "CalibrationSet",
     "CaptureError",
     "Checkpoint",
@@ -114,6 +121,7 @@ __all__ = [
     "Registry",
     "RunOptions",
     "RunResult",
+    "SamplerProblem",
     "Site",
     "SiteData",
     "SiteKind",
@@ -127,6 +135,7 @@ __all__ = [
     "TuneJob",
     "TuneResult",
     "Tuner",
+    "draw_pairs",
     "fake_quantize",
     "hookimpl",
     "load_quantized",

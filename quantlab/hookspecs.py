@@ -13,7 +13,7 @@ Every class has
 
 - ``name``: how recipes call it, in lower case with dashes;
 - ``Config``: a ``quantlab.Strict`` model of its options, checked when the recipe is read (passes, policies,
-  quantizers, losses and tuners);
+  samplers, quantizers, losses and tuners);
 - ``paper``: where it was published, or None;
 - ``version``: an integer, raised whenever its numbers change, so that stored results are not reused;
 - a docstring whose first line ``quantlab list`` prints.
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from quantlab.contracts.method import Method
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.sampler import CalibrationSampler
     from quantlab.contracts.tuning import Loss, Tuner
 
 PROJECT = "quantlab"
@@ -85,6 +86,16 @@ def quantlab_bit_policies() -> Iterable[type[BitPolicy]]:  # type: ignore[empty-
     The engine builds the class with its Config and calls ``allocate(problem)`` once. It gets an ``AllocationProblem``
     and returns a ``BitMap`` within the budget, unchanged for sites it was not asked about, and the same again under the
     same generator. A policy never changes a module or a graph.
+    """
+
+
+@hookspec
+def quantlab_samplers() -> Iterable[type[CalibrationSampler]]:  # type: ignore[empty-body]
+    """Calibration samplers: which recorded inputs ranges and scores are found on; the recipe's ``calibrate.sampler``.
+
+    The engine builds the class with its Config and calls ``choose(problem)`` once. It gets a ``SamplerProblem`` and
+    returns ``CalibrationPairs`` of step and trajectory, sorted, within the budget, the same again under the same
+    generator; ``quantlab.draw_pairs`` turns a number for each step into them.
     """
 
 

@@ -39,6 +39,7 @@ class Kind(StrEnum):
     MODEL = "model"
     PASS = "pass"
     POLICY = "policy"
+    SAMPLER = "sampler"
     QUANTIZER = "quantizer"
     TUNER = "tuner"
     LOSS = "loss"
@@ -55,6 +56,7 @@ _HOOKS: Mapping[Kind, str] = {
     Kind.MODEL: "quantlab_models",
     Kind.PASS: "quantlab_passes",
     Kind.POLICY: "quantlab_bit_policies",
+    Kind.SAMPLER: "quantlab_samplers",
     Kind.QUANTIZER: "quantlab_quantizers",
     Kind.TUNER: "quantlab_tuners",
     Kind.LOSS: "quantlab_losses",

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from quantlab.allocation.plan import SitePlan, mean_weight_bits
 from quantlab.allocation.student import QuantizerChoices, Student, install_quantizers
-from quantlab.calibration.collect import CalibrationBatch, collect_inputs, watch_inputs
+from quantlab.calibration.collect import collect_inputs, watch_inputs
 from quantlab.calibration.stats import SiteRecord, TensorSiteData
 from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy
-from quantlab.contracts.model import Progress
+from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.passes import SmoothingPass
 from quantlab.contracts.sections import InputsFrom
 from quantlab.errors import PluginError, QuantlabError

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quantlab.contracts.model import CalibrationSet, Inputs, Task
+from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task
+from quantlab.contracts.sampler import CalibrationPairs
 from quantlab.errors import NonFiniteError, QuantlabError
 
 SeeInput = Callable[[str, Tensor], None]
 """Called with a site's name and its input, before the site computes."""
 
 
-@dataclass(frozen=True)
-class CalibrationBatch:
-    """Every step of some trajectories as one batch of the network.
-
-    Attributes:
-        inputs: keyword tensors [M, ...].
-        timestep: [M], or None without a timestep input.
-    """
-
-    inputs: Inputs
-    timestep: Tensor | None
-
-
-def calibration_batch(task: Task, calibration: CalibrationSet, samples: int) -> CalibrationBatch:
-    """The first ``samples`` trajectories at every step, joined along the batch, guidance doubled.
+def first_pairs(calibration: CalibrationSet, samples: int) -> CalibrationPairs:
+    """The first ``samples`` trajectories at every step.
 
     Raises:
         QuantlabError: fewer trajectories were recorded than are asked for.
@@ -41,7 +28,28 @@ def calibration_batch(task: Task, calibration: CalibrationSet, samples: int) -> 
             got=samples,
             allowed=f"at most {calibration.num_samples} (calibrate.trajectories)",
         )
-    steps = [task.network_inputs(calibration.step(index, slice(samples))) for index in range(calibration.num_steps)]
+    steps = torch.arange(calibration.num_steps).repeat_interleave(samples)
+    return CalibrationPairs(steps, torch.arange(samples).repeat(calibration.num_steps))
+
+
+def calibration_batch(
+    task: Task, calibration: CalibrationSet, samples: int, pairs: CalibrationPairs | None = None
+) -> CalibrationBatch:
+    """The chosen recorded inputs joined along the batch, step by step, guidance doubled.
+
+    Args:
+        task: knows how guidance doubles a batch.
+        calibration: what was recorded.
+        samples: without ``pairs``, so many of the first trajectories at every step.
+        pairs: what a sampler chose.
+
+    Raises:
+        QuantlabError: fewer trajectories were recorded than are asked for.
+    """
+    if pairs is None:
+        pairs = first_pairs(calibration, samples)
+    chosen = [(int(step), pairs.samples[pairs.steps == step]) for step in pairs.steps.unique()]
+    steps = [task.network_inputs(calibration.step(step, at_step)) for step, at_step in chosen]
     inputs = {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
     return CalibrationBatch(inputs, inputs[task.timestep_input] if task.timestep_input else None)
 

@@ -48,6 +48,19 @@ class CalibrationSet:
         return {name: value[index, samples] for name, value in self.inputs.items()}
 
 
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """Every step of some trajectories as one batch of the network.
+
+    Attributes:
+        inputs: keyword tensors [M, ...].
+        timestep: [M], or None without a timestep input.
+    """
+
+    inputs: Inputs
+    timestep: Tensor | None
+
+
 class Task(ABC):
     """A network with what the engine must know about it.
 

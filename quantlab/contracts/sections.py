@@ -80,6 +80,9 @@ class Calibrate(Strict):
     samples: int = Field(
         default=16, ge=1, description="of them, how many give activation ranges and scores, at each step"
     )
+    sampler: Choice | None = Field(
+        default=None, description="chooses as many inputs another way; none: the first trajectories at every step"
+    )
 
 
 class Weights(Strict):

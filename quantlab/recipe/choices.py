@@ -19,6 +19,7 @@ LISTS: tuple[tuple[Kind, KeyPath], ...] = (
 )
 """Where a recipe lists plugins."""
 SINGLES: tuple[tuple[Kind, KeyPath], ...] = (
+    (Kind.SAMPLER, ("calibrate", "sampler")),
     (Kind.QUANTIZER, ("weights", "quantizer")),
     (Kind.QUANTIZER, ("activations", "quantizer")),
 )

@@ -25,6 +25,7 @@ METHOD_KEYS: Collection[KeyPath] = (
     ("weights",),
     ("activations",),
     ("inputs_from",),
+    ("calibrate", "sampler"),
     ("tune", "tuners"),
     ("tune", "losses"),
 )

@@ -23,11 +23,12 @@ from quantlab.allocation.student import (
     restore,
     tapped_run,
 )
+from quantlab.calibration.choose import choose_pairs
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
-from quantlab.contracts.model import Progress
+from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.sections import Choice, Tune, Weights
-from quantlab.contracts.tuning import Checkpoint, TuneJob, Tuner
+from quantlab.contracts.tuning import Checkpoint, TappedRun, TuneJob, Tuner
 from quantlab.errors import ArtefactError
 from quantlab.plugins import Kind, Registry
 from quantlab.recipe.schema import Recipe
@@ -67,6 +68,20 @@ def choices_of(recipe: Recipe, registry: Registry) -> QuantizerChoices:
     return QuantizerChoices(choose(recipe.weights), choose(recipe.activations))
 
 
+def chosen_batch(captured: Captured, calibrated: Calibrated, recipe: Recipe, registry: Registry) -> CalibrationBatch:
+    """The recorded inputs that ranges and scores are found on, as the recipe's sampler chooses them."""
+    task, data, settings, pairs = captured.task, calibrated.data, recipe.calibrate, None
+    if settings.sampler is not None:
+        sampler = registry.create(Kind.SAMPLER, settings.sampler)
+        rng = torch.Generator().manual_seed(recipe.seed)
+
+        def tap(path: str) -> TappedRun:
+            return tapped_run(task.network, captured.graph, (path,))
+
+        pairs = choose_pairs(sampler, task, data, settings.samples, tap, rng)
+    return calibration_batch(task, data, settings.samples, pairs)
+
+
 def assign_bits(
     context: RunContext, captured: Captured, calibrated: Calibrated, plan: Plan, recipe: Recipe, arm: str
 ) -> Quantized:
@@ -74,6 +89,7 @@ def assign_bits(
     registry = context.registry
     plugins = [(Kind.PASS, choice) for choice in recipe.passes] + [(Kind.POLICY, choice) for choice in recipe.allocate]
     plugins += [(Kind.QUANTIZER, recipe.weights.quantizer), (Kind.QUANTIZER, recipe.activations.quantizer)]
+    plugins += [(Kind.SAMPLER, recipe.calibrate.sampler)] if recipe.calibrate.sampler else []
     key: dict[str, JSON] = {
         "version": ASSIGN_VERSION,
         "calibrate": calibrated.stage.digest,
@@ -88,6 +104,8 @@ def assign_bits(
         "seed": recipe.seed,
         "plugins": context.versions(*plugins),
     }
+    if recipe.calibrate.sampler is not None:
+        key["sampler"] = as_json(recipe.calibrate.sampler)
     choices = choices_of(recipe, registry)
     static = [site.name for site in plan.budgeted if not site.has_samples_first]
     if static and recipe.activations.per_timestep:
@@ -104,7 +122,7 @@ def assign_bits(
             recipe.inputs_from,
         )
         student = build_student(captured.task, captured.graph, plan)
-        batch = calibration_batch(captured.task, calibrated.data, recipe.calibrate.samples)
+        batch = chosen_batch(captured, calibrated, recipe, registry)
         rng = torch.Generator().manual_seed(recipe.seed)
         bit_map = assign(student, method, batch, rng, progress)
         (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(bit_map)))

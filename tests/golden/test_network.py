@@ -28,8 +28,8 @@ from quantlab.allocation.student import (
     tapped_run,
 )
 from quantlab.allocation.uniform import UniformPolicy
-from quantlab.calibration.collect import CalibrationBatch
 from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.model import CalibrationBatch
 from quantlab.contracts.quant import Observer
 from quantlab.contracts.sections import Activations, Budget, InputsFrom, Sampling, Weights
 from quantlab.contracts.tuning import OUTPUT, AdapterSpec, ConvAdapter, StepContext
