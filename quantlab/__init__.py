@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quantlab.calibration.choose import draw_pairs
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
     from quantlab.contracts.config import Strict
+    from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
     from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task
@@ -60,6 +61,7 @@ _NAMES = {
     "calibration.choose": "draw_pairs",
     "contracts.allocation": "FLOAT_BITS AllocationProblem BitMap BitPolicy SiteData",
     "contracts.config": "Strict",
+    "contracts.correction": "Correction CorrectionData CorrectionStep",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
     "contracts.model": "CalibrationBatch CalibrationSet Task",
@@ -101,6 +103,9 @@ __all__ = [
     "CaptureError",
     "Checkpoint",
     "ConvAdapter",
+    "Correction",
+    "CorrectionData",
+    "CorrectionStep",
     "LoadedRecipe",
     "LoadedRun",
     "Loss",

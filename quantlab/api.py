@@ -13,9 +13,10 @@ from torch import nn
 from quantlab.allocation.cost import student_cost
 from quantlab.allocation.student import Student, build_student, restore
 from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import GenerativeTask
 from quantlab.contracts.sections import Evaluate, Model, Sampling
-from quantlab.errors import ArtefactError
+from quantlab.errors import ArtefactError, RecipeError
 from quantlab.evaluation.quality import quality
 from quantlab.graph.bind import bind
 from quantlab.graph.serialize import from_json
@@ -30,7 +31,7 @@ from quantlab.recipe.schema import SCHEMA_VERSION, Recipe
 from quantlab.report.console import Console, make_console
 from quantlab.report.grid import GridRow, save_grid
 from quantlab.run import load_task
-from quantlab.stages import prepare
+from quantlab.stages import correct, prepare
 from quantlab.stages import quantize as quantize_stages
 from quantlab.stages.context import RunContext
 from quantlab.stages.describe import coverage_text, pixels
@@ -108,6 +109,13 @@ def quantize(
     for layer in (own, settings or {}):
         root = merge(root, node_of(layer, "quantize(...)"))
     recipe = check_plugins(check(Recipe, root), root, registry)
+    if recipe.corrections:
+        raise RecipeError(
+            "a module in memory is not sampled, so its sampler cannot be corrected",
+            where=root.reach(("corrections",))[0].origin,
+            got=recipe.corrections[0].name,
+            next_step='choose another method, or pass settings={"corrections": []}',
+        )
     with tempfile.TemporaryDirectory() as folder:
         run_folder = create_run(Path(folder), "memory", "0" * 16)
         context = RunContext(Store(Path(folder)), run_folder, registry, console or make_console(quiet=True))
@@ -130,12 +138,13 @@ def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: in
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The quantized model of a run folder."""
+    """The quantized model of a run folder, with the corrections of its sampler."""
 
     task: GenerativeTask
     student: Student
     recipe: Recipe
     method: str
+    corrections: tuple[FittedCorrection, ...] = ()
 
 
 def load_quantized(
@@ -172,7 +181,9 @@ def load_quantized(
     restore(student, bit_map, choices, quantize_stages.load_state(final / "final.safetensors"))
     for layer in student.layers().values():
         layer.freeze()
-    return LoadedRun(task, student, recipe, method)
+    fitted = folder / method / "correct" / correct.FILE
+    corrections = correct.load_corrections(fitted, recipe, loaded.registry) if recipe.corrections else ()
+    return LoadedRun(task, student, recipe, method, corrections)
 
 
 def sample(folder: Path, number: int, seed: int, output: Path, device: str, steps: int | None = None) -> str:
@@ -180,7 +191,7 @@ def sample(folder: Path, number: int, seed: int, output: Path, device: str, step
     loaded = load_quantized(folder, device=device, steps=steps)
     settings = Evaluate(samples=max(2, number), batch=250)
     with make_console().task("Draw images") as progress, torch.no_grad():
-        images = draw(loaded.task, loaded.student.run, settings, seed, progress)[:number]
+        images = draw(loaded.task, loaded.student.run, settings, seed, progress, loaded.corrections)[:number]
     per_row = min(number, 16)
     rows = [GridRow(loaded.method, pixels(part)) for part in images.split(per_row)]
     save_grid(rows, output)

@@ -13,7 +13,7 @@ Every class has
 
 - ``name``: how recipes call it, in lower case with dashes;
 - ``Config``: a ``quantlab.Strict`` model of its options, checked when the recipe is read (passes, policies,
-  samplers, quantizers, losses and tuners);
+  samplers, quantizers, losses, tuners and corrections);
 - ``paper``: where it was published, or None;
 - ``version``: an integer, raised whenever its numbers change, so that stored results are not reused;
 - a docstring whose first line ``quantlab list`` prints.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from quantlab.contracts.allocation import BitPolicy
+    from quantlab.contracts.correction import Correction
     from quantlab.contracts.event import StageEvent
     from quantlab.contracts.method import Method
     from quantlab.contracts.passes import SmoothingPass
@@ -126,6 +127,16 @@ def quantlab_losses() -> Iterable[type[Loss]]:  # type: ignore[empty-body]
     The engine builds the class with its Config, asks ``taps(sites)`` for the module paths whose outputs it wants, calls
     ``reset()`` at the start of each trajectory and the loss itself at each step. It returns a 0-dim tensor with a
     gradient towards the student, or None when there is nothing at this step.
+    """
+
+
+@hookspec
+def quantlab_corrections() -> Iterable[type[Correction]]:  # type: ignore[empty-body]
+    """Corrections of the sampler for a quantized model's errors; the recipe's ``corrections``, in order.
+
+    The engine builds the class with its Config and calls ``fit(data)`` once, with what the float and the finished
+    quantized model predict on the recorded trajectories. What it returns is stored and counted, and handed to
+    ``correct`` after every prediction and to ``variance`` at every step where the sampler adds noise.
     """
 
 

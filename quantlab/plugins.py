@@ -43,6 +43,7 @@ class Kind(StrEnum):
     QUANTIZER = "quantizer"
     TUNER = "tuner"
     LOSS = "loss"
+    CORRECTION = "correction"
     METRIC = "metric"
 
     @property
@@ -60,6 +61,7 @@ _HOOKS: Mapping[Kind, str] = {
     Kind.QUANTIZER: "quantlab_quantizers",
     Kind.TUNER: "quantlab_tuners",
     Kind.LOSS: "quantlab_losses",
+    Kind.CORRECTION: "quantlab_corrections",
     Kind.METRIC: "quantlab_metrics",
 }
 

@@ -19,7 +19,7 @@ from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
 from quantlab.report.tables import markdown
-from quantlab.stages import describe, evaluate, prepare, quantize
+from quantlab.stages import correct, describe, evaluate, prepare, quantize
 from quantlab.stages.context import RunContext
 from quantlab.store import JSON, Store, create_run, digest_of
 
@@ -91,6 +91,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method)
+        final = correct.correct(context, captured, calibrated, final, arm, method)
         measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
         seconds = sum(stage.seconds for stage in final.stages)
         rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
@@ -107,6 +108,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
     arms = [for_method(loaded, method) for method in (*recipe.baselines, recipe.method)]
     versions = [prepare.CAPTURE_VERSION, prepare.CALIBRATE_VERSION, quantize.ASSIGN_VERSION, quantize.TUNE_VERSION]
     versions += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION, ACCOUNTING_VERSION]
+    versions += [correct.CORRECT_VERSION] if any(arm.corrections for arm in arms) else []
     return digest_of(
         {
             "arms": [essence(arm, registry) for arm in arms],
@@ -196,7 +198,7 @@ def quantized_row(
     protocol: str,
 ) -> Row:
     """The row of a method."""
-    cost = student_cost(final.student, final.bit_map, float_model)
+    cost = student_cost(final.student, final.bit_map, float_model, final.corrections)
     inputs = [final.bit_map.activation_bits[site.name, site.slots[0].name] for site in plan.budgeted]
     return Row(
         method=arm.method,

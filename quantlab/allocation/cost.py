@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,18 +11,22 @@ import torch
 from quantlab.allocation.plan import Plan, SitePlan
 from quantlab.allocation.student import QuantizedLayer, Student
 from quantlab.contracts.allocation import FLOAT_BITS, BitMap
+from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.site import Site
-from quantlab.quant.accounting import Accounting, FloatModel, SiteCost, account, zero_point_bytes
+from quantlab.quant.accounting import TIMESTEP_BYTES, Accounting, FloatModel, SiteCost, account, zero_point_bytes
 
 
-def student_cost(student: Student, bit_map: BitMap, float_model: FloatModel) -> Accounting:
+def student_cost(
+    student: Student, bit_map: BitMap, float_model: FloatModel, corrections: Sequence[FittedCorrection] = ()
+) -> Accounting:
     """Bytes and bit operations of a student with its quantizers in place.
 
     Args:
         student: the student.
         bit_map: its bits.
         float_model: of the float network.
+        corrections: of the sampler.
     """
     quantized = student.layers()
     costs = []
@@ -29,7 +34,12 @@ def student_cost(student: Student, bit_map: BitMap, float_model: FloatModel) -> 
         cost = site_cost(entry.site, bit_map)
         layer = quantized.get(entry.site.name)
         costs.append(cost if layer is None else _with_layer(cost, layer))
-    return account(costs, float_model)
+    return replace(account(costs, float_model), correction_bytes=sum(map(_correction_bytes, corrections)))
+
+
+def _correction_bytes(fitted: FittedCorrection) -> int:
+    tables = sum(value.numel() * value.element_size() for value in fitted.tensors.values())
+    return tables + TIMESTEP_BYTES * len(fitted.timesteps)
 
 
 def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: bool) -> Accounting:

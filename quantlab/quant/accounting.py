@@ -4,9 +4,10 @@ Weights lie packed at their own bits, a site's channels of one width together an
 with mixed widths stores its width for every channel in 3 bits. Scales and smoothing scales are float32, as the model
 computes with them. A rounded zero point is an integer as wide as its site's values need, a free one float32.
 Activations store a scale and a zero point for each slot and calibrated timestep and, where they depend on the
-timestep, the timestep in 2 bytes. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the
-float model's own width and is counted once however many modules share it. One bit operation is one bit of the weight
-times one bit of the activation in one multiply-accumulate.
+timestep, the timestep in 2 bytes; corrections of the sampler store their tensors and such a timestep for each recorded
+step. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the float model's own width and
+is counted once however many modules share it. One bit operation is one bit of the weight times one
+bit of the activation in one multiply-accumulate.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Accounting:
         macs: multiply-accumulates of all sites.
         quantized_macs: those with a quantized weight and a quantized input.
         bit_operations: of all sites.
+        correction_bytes: what corrections of the sampler store.
     """
 
     weight_bytes: int
@@ -120,6 +122,7 @@ class Accounting:
     macs: int
     quantized_macs: int
     bit_operations: int
+    correction_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -133,6 +136,7 @@ class Accounting:
             + self.smoothing_bytes
             + self.adapter_bytes
             + self.float_bytes
+            + self.correction_bytes
         )
 
     @property

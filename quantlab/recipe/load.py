@@ -28,6 +28,7 @@ METHOD_KEYS: Collection[KeyPath] = (
     ("calibrate", "sampler"),
     ("tune", "tuners"),
     ("tune", "losses"),
+    ("corrections",),
 )
 """What makes a method: set in a recipe, a profile or by ``--set``, these change its own method, never a baseline."""
 

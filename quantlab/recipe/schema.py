@@ -43,6 +43,7 @@ class Recipe(Strict):
     activations: Activations = Activations()
     inputs_from: InputsFrom = InputsFrom.TEACHER
     tune: Tune = Tune()
+    corrections: tuple[Choice, ...] = Field(default=(), description="of the sampler, fitted to the finished model")
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 

@@ -26,6 +26,7 @@ from quantlab.allocation.student import (
 from quantlab.calibration.choose import choose_pairs
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.sections import Choice, Tune, Weights
 from quantlab.contracts.tuning import Checkpoint, TappedRun, TuneJob, Tuner
@@ -51,12 +52,14 @@ class Quantized:
         bit_map: its bits.
         stage: the last stage.
         stages: all of them from assignment on.
+        corrections: of the sampler, once they are fitted.
     """
 
     student: Student
     bit_map: BitMap
     stage: StageFolder
     stages: tuple[StageFolder, ...]
+    corrections: tuple[FittedCorrection, ...] = ()
 
 
 def choices_of(recipe: Recipe, registry: Registry) -> QuantizerChoices:
