@@ -20,6 +20,7 @@ from quantlab.errors import ArtefactError, RecipeError
 from quantlab.evaluation.quality import quality
 from quantlab.graph.bind import bind
 from quantlab.graph.serialize import from_json
+from quantlab.graph.sites import find_sites
 from quantlab.models.builtin import BuiltinConfig, BuiltinSource
 from quantlab.models.module import Batch, ModuleTask
 from quantlab.plugins import Registry, load_registry
@@ -124,7 +125,7 @@ def quantize(
 
 def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: int) -> QuantizedModule:
     captured = prepare.capture(context, task)
-    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, {})
+    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, {}, split_skip=recipe.split_skip)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     rows = min(samples, calibrated.data.num_samples)
     recipe = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"samples": rows})})
@@ -173,8 +174,8 @@ def load_quantized(
         raise ArtefactError("the run has no such method, or did not finish", where=str(folder), got=method)
     task = load_task(loaded, device, str(read_json(folder / "environment.json").get("dtype", "float32")))
     graph = from_json((folder / "capture" / "graph.json").read_text())
-    sites = prepare.sites_from_json((folder / "capture" / "sites.json").read_bytes())
-    plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin)
+    sites = find_sites(task.network, graph)
+    plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin, split_skip=recipe.split_skip)
     bit_map = quantize_stages.bit_map_from_json(read_json(final / "allocation.json"))  # type: ignore[arg-type]
     student = build_student(task, graph, plan)
     choices = quantize_stages.choices_of(recipe, loaded.registry)

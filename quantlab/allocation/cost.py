@@ -57,10 +57,12 @@ def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: 
         cost = site_cost(entry.site, bit_map)
         if entry.budgeted:
             entries = timesteps if entry.site.has_samples_first else 1
+            parts = max(1, len(entry.split))
             cost = replace(
                 cost,
+                weight_scales_per_channel=parts,
                 weight_bits=_with_extra(cost.weight_bits, plan.budget.extra_bit_fraction),
-                activation_entries=entries,
+                activation_entries=entries * parts,
                 per_timestep=entries > 1,
                 smoothing_channels=_input_channels(entry) if smoothed else 0,
             )
@@ -87,10 +89,16 @@ def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
         activation_entries=inputs.scale.numel() if inputs is not None else 1,
         per_timestep=inputs is not None and inputs.timesteps is not None,
         weight_zero_point_bytes=_zero_points(layer.weight_quantizer),
+        weight_scales_per_channel=_parts(layer.weight_quantizer),
         activation_zero_point_bytes=_zero_points(layer.input_quantizer),
         smoothing_channels=layer.smoothing.numel() if layer.smoothing is not None else 0,
         adapter_bytes=sum(p.numel() * p.element_size() for p in layer.adapter.parameters()) if layer.adapter else 0,
     )
+
+
+def _parts(quantizer: Quantizer | None) -> int:
+    parameters = quantizer.qparams() if quantizer is not None else None
+    return max(1, len(parameters.split)) if parameters is not None else 1
 
 
 def _zero_points(quantizer: Quantizer | None) -> int:

@@ -23,6 +23,7 @@ class SitePlan:
         activation_bits: likewise of its input.
         budgeted: the budget and the policies decide about it; otherwise a ``keep`` rule fixed its bits.
         reason: why it stays float, "" otherwise.
+        split: sizes of the parts of its input that get quantizers of their own, as do the weights that read them.
     """
 
     site: Site
@@ -30,6 +31,7 @@ class SitePlan:
     activation_bits: int
     budgeted: bool
     reason: str = ""
+    split: tuple[int, ...] = ()
 
     @property
     def quantized(self) -> bool:
@@ -62,13 +64,14 @@ class Plan:
         )
 
 
-def make_plan(sites: Sequence[Site], keep: Mapping[str, int], budget: Budget) -> Plan:
+def make_plan(sites: Sequence[Site], keep: Mapping[str, int], budget: Budget, *, split_skip: bool = False) -> Plan:
     """Give every site its nominal bits.
 
     Args:
         sites: of the captured graph.
         keep: bits by site name of the sites outside the budget, FLOAT_BITS for float.
         budget: bits of all others.
+        split_skip: of them, those fed by a skip concatenation quantize its parts apart.
 
     Raises:
         RecipeError: nothing is left to quantize.
@@ -89,7 +92,8 @@ def make_plan(sites: Sequence[Site], keep: Mapping[str, int], budget: Budget) ->
             reason = "kept float by the recipe" if bits == FLOAT_BITS else ""
             entries.append(SitePlan(site, bits, bits, False, reason))
         else:
-            entries.append(SitePlan(site, budget.weight_bits, budget.activation_bits, True))
+            split = site.split if split_skip else ()
+            entries.append(SitePlan(site, budget.weight_bits, budget.activation_bits, True, split=split))
     plan = Plan(tuple(entries), budget)
     if not plan.budgeted:
         raise RecipeError(

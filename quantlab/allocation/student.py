@@ -22,6 +22,7 @@ from quantlab.graph.passes.insert_quantizers import insert_quantizers
 from quantlab.graph.passes.taps import attach_taps
 from quantlab.graph.run import runner
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.split import SplitQuantizer
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
@@ -33,9 +34,11 @@ class QuantizerChoice:
     quantizer: type[Quantizer]
     settings: Weights
 
-    def build(self, spec: QuantSpec, bits: int | Tensor) -> Quantizer:
-        """A quantizer without a range yet."""
+    def build(self, spec: QuantSpec, bits: int | Tensor, split: Sequence[int] = (), dim: int = 1) -> Quantizer:
+        """A quantizer without a range yet; of ``split`` sizes along ``dim``, one for each part."""
         config = self.quantizer.Config.model_validate(self.settings.quantizer.options)
+        if split:
+            return SplitQuantizer([self.quantizer.from_spec(spec, bits, config) for _ in split], split, dim)
         return self.quantizer.from_spec(spec, bits, config)
 
 
@@ -123,7 +126,7 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
     if entry.weight_bits != FLOAT_BITS:
         weights = choices.weights.settings
         spec = QuantSpec(PerChannel(0), weights.observer, round_zero_point=weights.round_zero_point)
-        layer.weight_quantizer = choices.weights.build(spec, bit_map.weight_bits[entry.site.name])
+        layer.weight_quantizer = choices.weights.build(spec, bit_map.weight_bits[entry.site.name], entry.split)
     input_bits = bit_map.activation_bits[entry.site.name, entry.site.slots[0].name]
     if input_bits != FLOAT_BITS:
         activations = choices.activations.settings
@@ -135,7 +138,8 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
             share_start=activations.share_start,
             round_zero_point=activations.round_zero_point,
         )
-        layer.input_quantizer = choices.activations.build(spec, input_bits)
+        channels = 1 if isinstance(layer, QuantizedConv2d) else -1
+        layer.input_quantizer = choices.activations.build(spec, input_bits, entry.split, channels)
     layer.to(layer.weight.device)
 
 

@@ -69,10 +69,11 @@ class SiteCost:
         weights_per_channel: in / groups times the kernel.
         weight_bits: integer [out], FLOAT_BITS where it stays float.
         activation_bits: FLOAT_BITS where the input stays float.
-        activation_entries: stored timesteps of the input's quantizer, 1 for a static one.
+        activation_entries: stored timesteps of the input's quantizer, 1 for a static one, times the parts of a split.
         per_timestep: the input's scale depends on the timestep.
         weight_zero_point_bytes: of one zero point of the weight, see ``zero_point_bytes``.
         activation_zero_point_bytes: of one zero point of the input.
+        weight_scales_per_channel: 1, or the parts of a skip concatenation that are quantized apart.
         smoothing_channels: input channels with a smoothing scale, 0 for none.
         adapter_bytes: of an adapter that is not merged.
     """
@@ -86,6 +87,7 @@ class SiteCost:
     per_timestep: bool = False
     weight_zero_point_bytes: int = 1
     activation_zero_point_bytes: int = 1
+    weight_scales_per_channel: int = 1
     smoothing_channels: int = 0
     adapter_bytes: int = 0
 
@@ -156,8 +158,8 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
     inputs = [site for site in sites if site.activation_bits != FLOAT_BITS]
     return Accounting(
         weight_bytes=sum(packed_bytes(site.weight_bits, site.weights_per_channel) for site in quantized),
-        scale_bytes=sum(SCALE_BYTES * len(site.weight_bits) for site in quantized),
-        zero_point_bytes=sum(site.weight_zero_point_bytes * len(site.weight_bits) for site in quantized),
+        scale_bytes=sum(SCALE_BYTES * _weight_scales(site) for site in quantized),
+        zero_point_bytes=sum(site.weight_zero_point_bytes * _weight_scales(site) for site in quantized),
         index_bytes=sum(-(-WIDTH_BITS * len(site.weight_bits) // 8) for site in quantized if _is_mixed(site)),
         activation_bytes=sum(_activation_bytes(site) for site in inputs),
         smoothing_bytes=sum(SMOOTHING_BYTES * site.smoothing_channels for site in sites),
@@ -195,6 +197,10 @@ def is_quantized(site: SiteCost) -> bool:
 
 def _is_mixed(site: SiteCost) -> bool:
     return bool((site.weight_bits != site.weight_bits[0]).any())
+
+
+def _weight_scales(site: SiteCost) -> int:
+    return len(site.weight_bits) * site.weight_scales_per_channel
 
 
 def _activation_bytes(site: SiteCost) -> int:

@@ -24,6 +24,7 @@ METHOD_KEYS: Collection[KeyPath] = (
     ("allocate",),
     ("weights",),
     ("activations",),
+    ("split_skip",),
     ("inputs_from",),
     ("calibrate", "sampler"),
     ("tune", "tuners"),

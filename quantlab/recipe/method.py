@@ -13,6 +13,7 @@ FRAGMENT_SECTIONS = (
     "allocate",
     "weights",
     "activations",
+    "split_skip",
     "inputs_from",
     "tune",
     "corrections",

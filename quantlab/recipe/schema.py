@@ -41,6 +41,7 @@ class Recipe(Strict):
     allocate: tuple[Choice, ...] = (Choice(name="uniform"),)
     weights: Weights = Weights()
     activations: Activations = Activations()
+    split_skip: bool = Field(default=False, description="parts of a skip concatenation get quantizers of their own")
     inputs_from: InputsFrom = InputsFrom.TEACHER
     tune: Tune = Tune()
     corrections: tuple[Choice, ...] = Field(default=(), description="of the sampler, fitted to the finished model")

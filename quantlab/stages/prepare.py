@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from quantlab.allocation.plan import Plan, make_plan
+from quantlab.allocation.plan import Plan, SitePlan, make_plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import CalibrationSet, Progress, Task
@@ -68,15 +68,11 @@ def capture(context: RunContext, task: Task) -> Captured:
 
     stage = context.stage("capture", "Capture the graph", key, compute, link="capture")
     graph = from_json(stage.file("graph.json").read_text())
+    # What is known of the sites follows from the graph; sites.json of a stored stage may be older than what this knows.
     context.console.detail(f"captured by {graph.method}, {len(graph.guards)} conditions on sizes")
     for note in graph.notes:
         context.console.info(f"capture: {note}")
-    return Captured(task, graph, sites_from_json(stage.file("sites.json").read_bytes()), stage)
-
-
-def sites_from_json(content: bytes) -> tuple[Site, ...]:
-    """Sites as the capture stage wrote them."""
-    return _SITES.validate_json(content)
+    return Captured(task, graph, find_sites(task.network, graph), stage)
 
 
 def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
@@ -85,11 +81,18 @@ def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
     return graph, find_sites(task.network, graph)
 
 
-def plan(sites: Sequence[Site], keep: Sequence[Keep], budget: Budget, origin: Mapping[str, str]) -> Plan:
+def plan(
+    sites: Sequence[Site],
+    keep: Sequence[Keep],
+    budget: Budget,
+    origin: Mapping[str, str],
+    *,
+    split_skip: bool = False,
+) -> Plan:
     """Nominal bits of every site; raises RecipeError for a pattern that matches nothing."""
     rules = match_sites(keep, [site.name for site in sites], origin=origin)
     bits = {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
-    return make_plan(sites, bits, budget)
+    return make_plan(sites, bits, budget, split_skip=split_skip)
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,13 @@ def calibrate(
 
 
 def plan_digest(plan: Plan) -> str:
-    """Hash of the nominal bits, for the key of assignment."""
-    return digest_of({e.site.name: [e.weight_bits, e.activation_bits, e.budgeted] for e in plan.sites})
+    """Hash of the nominal bits and of what is split, for the key of assignment."""
+
+    def intent(entry: SitePlan) -> list[JSON]:
+        split: list[JSON] = [list(entry.split)] if entry.split else []
+        return [entry.weight_bits, entry.activation_bits, entry.budgeted, *split]
+
+    return digest_of({entry.site.name: intent(entry) for entry in plan.sites})
 
 
 def layer_set_digest(plan: Plan) -> str:

@@ -116,6 +116,8 @@ def assign_bits(
             f"{arm}: {len(static)} sites get one activation scale for all timesteps, "
             f"since dimension 0 of their input is not the batch: {', '.join(static)}"
         )
+    if recipe.split_skip and not any(entry.split for entry in plan.sites):
+        context.console.warn(f"{arm}: no site under the budget is fed by a skip concatenation, so nothing is split")
 
     def compute(folder: Path, progress: Progress) -> None:
         method = AssignMethod(
