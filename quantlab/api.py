@@ -125,7 +125,7 @@ def quantize(
 
 def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: int) -> QuantizedModule:
     captured = prepare.capture(context, task)
-    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, {}, split_skip=recipe.split_skip)
+    plan = prepare.plan(captured.sites, recipe, {})
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     rows = min(samples, calibrated.data.num_samples)
     recipe = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"samples": rows})})
@@ -175,7 +175,7 @@ def load_quantized(
     task = load_task(loaded, device, str(read_json(folder / "environment.json").get("dtype", "float32")))
     graph = from_json((folder / "capture" / "graph.json").read_text())
     sites = find_sites(task.network, graph)
-    plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin, split_skip=recipe.split_skip)
+    plan = prepare.plan(sites, recipe, loaded.origin)
     bit_map = quantize_stages.bit_map_from_json(read_json(final / "allocation.json"))  # type: ignore[arg-type]
     student = build_student(task, graph, plan)
     choices = quantize_stages.choices_of(recipe, loaded.registry)

@@ -72,7 +72,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
 
     captured = prepare.capture(context, task)
     float_model = FloatModel.of(task.network)
-    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, loaded.origin, split_skip=recipe.split_skip)
+    plan = prepare.plan(captured.sites, recipe, loaded.origin)
     cost = dry_cost(recipe, plan, float_model)
     folder.write_json("plan.json", describe.plan_json(plan, cost))
     coverage = describe.coverage_text(plan, cost)
@@ -87,7 +87,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     baselines = [name for name in dict.fromkeys(recipe.baselines) if name != recipe.method]
     for method in (*baselines, recipe.method):
         arm = for_method(loaded, method)
-        plan = prepare.plan(captured.sites, arm.keep, arm.budget, loaded.origin, split_skip=arm.split_skip)
+        plan = prepare.plan(captured.sites, arm, loaded.origin)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method)
@@ -151,7 +151,7 @@ def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> 
     recipe = loaded.recipe
     with options.console.task("Capture the graph"):
         sites = prepare.capture_sites(task)[1]
-    plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin, split_skip=recipe.split_skip)
+    plan = prepare.plan(sites, recipe, loaded.origin)
     float_model = FloatModel.of(task.network)
     cost = dry_cost(recipe, plan, float_model)
     return describe.plan_text(plan, cost)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -14,7 +15,17 @@ from quantlab.contracts.allocation import FLOAT_BITS, BitMap
 from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.site import Site
-from quantlab.quant.accounting import TIMESTEP_BYTES, Accounting, FloatModel, SiteCost, account, zero_point_bytes
+from quantlab.quant.accounting import (
+    TIMESTEP_BYTES,
+    Accounting,
+    FloatModel,
+    Product,
+    SiteCost,
+    account,
+    table_bytes,
+    zero_point_bytes,
+)
+from quantlab.quant.attention import KEY, PROBABILITIES, QUERY, VALUE, QuantizedAttention
 
 
 def student_cost(
@@ -28,12 +39,13 @@ def student_cost(
         float_model: of the float network.
         corrections: of the sampler.
     """
-    quantized = student.layers()
+    quantized, attentions = student.layers(), student.attentions()
     costs = []
     for entry in student.plan.sites:
         cost = site_cost(entry.site, bit_map)
-        layer = quantized.get(entry.site.name)
-        costs.append(cost if layer is None else _with_layer(cost, layer))
+        layer, attention = quantized.get(entry.site.name), attentions.get(entry.site.name)
+        cost = cost if layer is None else _with_layer(cost, layer)
+        costs.append(cost if attention is None else replace(cost, operand_bytes=_operand_bytes(attention)))
     return replace(account(costs, float_model), correction_bytes=sum(map(_correction_bytes, corrections)))
 
 
@@ -55,8 +67,10 @@ def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: 
     costs = []
     for entry in plan.sites:
         cost = site_cost(entry.site, bit_map)
+        entries = timesteps if entry.site.has_samples_first else 1
+        if cost.products:
+            cost = replace(cost, operand_bytes=len(entry.site.slots) * table_bytes(entries, 1, entries > 1))
         if entry.budgeted:
-            entries = timesteps if entry.site.has_samples_first else 1
             parts = max(1, len(entry.split))
             cost = replace(
                 cost,
@@ -78,7 +92,32 @@ def site_cost(site: Site, bit_map: BitMap) -> SiteCost:
         weights_per_channel=site.weight_count // max(1, site.out_channels),
         weight_bits=bit_map.weight_bits[site.name],
         activation_bits=bit_map.activation_bits[site.name, site.slots[0].name],
+        products=_products(site, bit_map),
     )
+
+
+def _products(site: Site, bit_map: BitMap) -> tuple[Product, ...]:
+    """Query times key and probabilities times value of an attention that the bit map quantizes."""
+    shapes = {slot.name: slot.shape for slot in site.slots}
+    if PROBABILITIES not in shapes:
+        return ()
+    bits = {slot: bit_map.activation_bits[site.name, slot] for slot in shapes}
+    pairs = math.prod(shapes[PROBABILITIES])
+    return (
+        Product(pairs * shapes[QUERY][-1], (bits[QUERY], bits[KEY])),
+        Product(pairs * shapes[VALUE][-1], (bits[PROBABILITIES], bits[VALUE])),
+    )
+
+
+def _operand_bytes(attention: QuantizedAttention) -> int:
+    """Tables of an attention's quantizers."""
+    total = 0
+    for quantizer in attention.quantizers.values():
+        stored = cast(Quantizer, quantizer).qparams()
+        if stored is not None:
+            width = zero_point_bytes(stored.zero_point, stored.round_zero_point)
+            total += table_bytes(stored.scale.numel(), width, stored.timesteps is not None)
+    return total
 
 
 def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:

@@ -19,8 +19,10 @@ from quantlab.contracts.sections import Activations, Weights
 from quantlab.contracts.tuning import AdapterSpec, TappedRun
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.passes.insert_quantizers import insert_quantizers
+from quantlab.graph.passes.replace_attention import attention_path, replace_attention
 from quantlab.graph.passes.taps import attach_taps
 from quantlab.graph.run import runner
+from quantlab.quant.attention import QuantizedAttention
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
 from quantlab.quant.split import SplitQuantizer
 
@@ -72,7 +74,12 @@ class Student:
 
     def layers(self) -> Mapping[str, QuantizedLayer]:
         """All quantized layers, in the graph's order."""
-        return {entry.site.name: self.layer(entry.site.name) for entry in self.plan.quantized}
+        return {entry.site.name: self.layer(entry.site.name) for entry in self.plan.layers}
+
+    def attentions(self) -> Mapping[str, QuantizedAttention]:
+        """All quantized attentions, in the graph's order."""
+        names = [entry.site.name for entry in self.plan.attentions]
+        return {name: self.network.get_submodule(attention_path(name)) for name in names}  # type: ignore[misc]
 
     def trained_layers(self) -> Mapping[str, QuantizedLayer]:
         """The layers under the budget: those that tuning may change."""
@@ -101,8 +108,11 @@ def tapped_run(network: nn.Module, graph: CapturedGraph, taps: Sequence[str]) ->
 def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
     """Copy the network and make its planned sites quantized layers, still without quantizers."""
     network = copy.deepcopy(task.network)
-    names = [entry.site.name for entry in plan.quantized]
+    names = [entry.site.name for entry in plan.layers]
     graph = insert_quantizers(network, captured, names, task.timestep_input)
+    if plan.attentions:
+        attentions = [entry.site.name for entry in plan.attentions]
+        graph = replace_attention(network, graph, attentions, task.timestep_input)
     _untie(network, names)
     run = tapped_run(network, graph, ())
     return Student(network.requires_grad_(False), graph, plan, lambda inputs: run(inputs)[0])
@@ -129,23 +139,43 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
         layer.weight_quantizer = choices.weights.build(spec, bit_map.weight_bits[entry.site.name], entry.split)
     input_bits = bit_map.activation_bits[entry.site.name, entry.site.slots[0].name]
     if input_bits != FLOAT_BITS:
-        activations = choices.activations.settings
-        assert isinstance(activations, Activations)
-        spec = QuantSpec(
-            PerTensor(),
-            activations.observer,
-            per_timestep=activations.per_timestep and entry.budgeted and entry.site.has_samples_first,
-            share_start=activations.share_start,
-            round_zero_point=activations.round_zero_point,
-        )
+        spec = _input_spec(choices.activations, entry.budgeted and entry.site.has_samples_first)
         channels = 1 if isinstance(layer, QuantizedConv2d) else -1
         layer.input_quantizer = choices.activations.build(spec, input_bits, entry.split, channels)
     layer.to(layer.weight.device)
 
 
+def install_attention_quantizers(
+    attention: QuantizedAttention, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices
+) -> None:
+    """Give an attention quantizers without a range, by timestep where the recipe says so."""
+    spec = _input_spec(choices.activations, entry.site.has_samples_first)
+    for slot in entry.site.slots:
+        bits = bit_map.activation_bits[entry.site.name, slot.name]
+        if bits != FLOAT_BITS:
+            attention.quantizers[slot.name] = choices.activations.build(spec, bits)
+
+
+def _input_spec(choice: QuantizerChoice, may_depend_on_timestep: bool) -> QuantSpec:
+    """What the recipe asks of the quantizer of an input."""
+    activations = choice.settings
+    assert isinstance(activations, Activations)
+    return QuantSpec(
+        PerTensor(),
+        activations.observer,
+        per_timestep=activations.per_timestep and may_depend_on_timestep,
+        share_start=activations.share_start,
+        round_zero_point=activations.round_zero_point,
+    )
+
+
 def restore(student: Student, bit_map: BitMap, choices: QuantizerChoices, state: Mapping[str, Tensor]) -> Student:
     """Fill a new student with quantizers of ``bit_map`` and the parameters ``state``."""
-    for entry in student.plan.quantized:
+    device = next(student.network.parameters()).device
+    for entry, attention in zip(student.plan.attentions, student.attentions().values(), strict=True):
+        install_attention_quantizers(attention, entry, bit_map, choices)
+        attention.to(device)
+    for entry in student.plan.layers:
         name = entry.site.name
         layer = student.layer(name)
         install_quantizers(layer, entry, bit_map, choices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task
 from quantlab.contracts.sampler import CalibrationPairs
 from quantlab.errors import NonFiniteError, QuantlabError
+from quantlab.quant.attention import QuantizedAttention, operands
 
 SeeInput = Callable[[str, Tensor], None]
 """Called with a site's name and its input, before the site computes."""
@@ -91,3 +93,37 @@ def collect_inputs(
             "a site was never reached during calibration", where=f"site {silent[0]}", next_step='keep it "float"'
         )
     return {name: tuple(inputs) for name, inputs in seen.items()}
+
+
+def collect_operands(
+    attentions: Mapping[str, QuantizedAttention], forward: Callable[[], object]
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """The float tensor of every slot of every attention in one forward; none runs without attentions.
+
+    Raises:
+        NonFiniteError: one of them holds NaN or infinity.
+        QuantlabError: an attention was not reached.
+    """
+    seen: dict[str, Mapping[str, Tensor]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def keep(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            seen[name] = operands(*arguments, **keywords)
+
+        return keep
+
+    handles = [each.register_forward_pre_hook(hook(name), with_kwargs=True) for name, each in attentions.items()]
+    try:
+        with torch.no_grad():
+            if attentions:
+                forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in attentions:
+        if name not in seen:
+            raise QuantlabError("an attention was never reached during calibration", where=f"site {name}")
+        for slot, x in seen[name].items():
+            if not torch.isfinite(x).all():
+                raise NonFiniteError("the tensor holds NaN or infinity", where=f"site {name}, {slot}")
+    return seen

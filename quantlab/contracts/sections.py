@@ -56,6 +56,13 @@ class Keep(Strict):
     optional: bool = Field(default=False, description="a pattern that matches nothing is no error")
 
 
+class Attention(Strict):
+    """How the operands of attention's two products are quantized; the same for every method."""
+
+    bits: int = Field(default=8, ge=2, le=8, description="of query, key and value")
+    probability_bits: int = Field(default=8, ge=2, le=8, description="of the probabilities that the softmax gives")
+
+
 class Budget(Strict):
     """What the sites that may be allocated may cost."""
 

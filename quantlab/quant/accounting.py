@@ -60,6 +60,19 @@ class FloatModel:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A product of two activations.
+
+    Attributes:
+        macs: multiply-accumulates at batch 1.
+        bits: of its two operands.
+    """
+
+    macs: int
+    bits: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class SiteCost:
     """What the accounting must know about one site.
 
@@ -76,6 +89,8 @@ class SiteCost:
         weight_scales_per_channel: 1, or the parts of a skip concatenation that are quantized apart.
         smoothing_channels: input channels with a smoothing scale, 0 for none.
         adapter_bytes: of an adapter that is not merged.
+        products: of an attention with quantized operands; together they have the site's ``macs``.
+        operand_bytes: tables of the operands of these products.
     """
 
     name: str
@@ -90,6 +105,8 @@ class SiteCost:
     weight_scales_per_channel: int = 1
     smoothing_channels: int = 0
     adapter_bytes: int = 0
+    products: tuple[Product, ...] = ()
+    operand_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +173,7 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
     """
     quantized = [site for site in sites if is_quantized(site)]
     inputs = [site for site in sites if site.activation_bits != FLOAT_BITS]
+    products = [product for site in sites for product in site.products if FLOAT_BITS not in product.bits]
     return Accounting(
         weight_bytes=sum(packed_bytes(site.weight_bits, site.weights_per_channel) for site in quantized),
         scale_bytes=sum(SCALE_BYTES * _weight_scales(site) for site in quantized),
@@ -167,7 +185,8 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
         float_bytes=float_model.without({f"{site.name}.weight" for site in quantized}),
         float_model_bytes=float_model.total_bytes,
         macs=sum(site.macs for site in sites),
-        quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS),
+        quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS)
+        + sum(product.macs for product in products),
         bit_operations=sum(_bit_operations(site) for site in sites),
     )
 
@@ -204,12 +223,20 @@ def _weight_scales(site: SiteCost) -> int:
 
 
 def _activation_bytes(site: SiteCost) -> int:
-    entry = SCALE_BYTES + site.activation_zero_point_bytes + (TIMESTEP_BYTES if site.per_timestep else 0)
-    return entry * site.activation_entries
+    if site.products:
+        return site.operand_bytes
+    return table_bytes(site.activation_entries, site.activation_zero_point_bytes, site.per_timestep)
+
+
+def table_bytes(entries: int, zero_point_bytes: int, per_timestep: bool) -> int:
+    """Bytes of the table of an activation: scales, zero points, and timesteps where they depend on them."""
+    return (SCALE_BYTES + zero_point_bytes + (TIMESTEP_BYTES if per_timestep else 0)) * entries
 
 
 def _bit_operations(site: SiteCost) -> int:
     """Every output channel does the same share of the site's multiply-accumulates."""
+    if site.products:
+        return sum(product.macs * product.bits[0] * product.bits[1] for product in site.products)
     if not len(site.weight_bits):
         return site.macs * FLOAT_BITS * site.activation_bits
     per_channel = site.macs / len(site.weight_bits)

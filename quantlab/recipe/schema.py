@@ -10,6 +10,7 @@ from quantlab.contracts.config import Strict
 from quantlab.contracts.sections import (
     MAX_SEED,
     Activations,
+    Attention,
     Budget,
     Calibrate,
     Choice,
@@ -35,6 +36,7 @@ class Recipe(Strict):
     baselines: tuple[str, ...] = Field(default=(), description="methods that run beside it, as further rows")
     budget: Budget
     keep: tuple[Keep, ...] = ()
+    attention: Attention | None = Field(default=None, description="bits of attention's products; none: they stay float")
     sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()
     passes: tuple[Choice, ...] = ()

@@ -15,13 +15,14 @@ from quantlab.allocation.plan import Plan, SitePlan, make_plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import CalibrationSet, Progress, Task
-from quantlab.contracts.sections import Budget, Calibrate, Keep, Sampling
+from quantlab.contracts.sections import Calibrate, Sampling
 from quantlab.contracts.site import Site
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
 from quantlab.graph.verify import capture_verified
 from quantlab.matching import match_sites
+from quantlab.recipe.schema import Recipe
 from quantlab.stages.context import RunContext, as_json, version_of
 from quantlab.store import JSON, StageFolder, digest_of
 
@@ -81,18 +82,11 @@ def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
     return graph, find_sites(task.network, graph)
 
 
-def plan(
-    sites: Sequence[Site],
-    keep: Sequence[Keep],
-    budget: Budget,
-    origin: Mapping[str, str],
-    *,
-    split_skip: bool = False,
-) -> Plan:
+def plan(sites: Sequence[Site], recipe: Recipe, origin: Mapping[str, str]) -> Plan:
     """Nominal bits of every site; raises RecipeError for a pattern that matches nothing."""
-    rules = match_sites(keep, [site.name for site in sites], origin=origin)
+    rules = match_sites(recipe.keep, [site.name for site in sites], origin=origin)
     bits = {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
-    return make_plan(sites, bits, budget, split_skip=split_skip)
+    return make_plan(sites, bits, recipe.budget, split_skip=recipe.split_skip, attention=recipe.attention)
 
 
 @dataclass(frozen=True)
@@ -135,11 +129,18 @@ def plan_digest(plan: Plan) -> str:
 
     def intent(entry: SitePlan) -> list[JSON]:
         split: list[JSON] = [list(entry.split)] if entry.split else []
-        return [entry.weight_bits, entry.activation_bits, entry.budgeted, *split]
+        slots: list[JSON] = [dict(entry.slot_bits)] if entry.slot_bits else []
+        return [entry.weight_bits, entry.activation_bits, entry.budgeted, *split, *slots]
 
     return digest_of({entry.site.name: intent(entry) for entry in plan.sites})
 
 
 def layer_set_digest(plan: Plan) -> str:
     """Hash of which sites the budget is about and of the bits of all others, for the protocol id."""
-    return digest_of({e.site.name: "budget" if e.budgeted else e.weight_bits for e in plan.sites})
+
+    def kept(entry: SitePlan) -> JSON:
+        if entry.weight_bits == entry.activation_bits:
+            return entry.weight_bits
+        return [entry.weight_bits, entry.activation_bits, dict(entry.slot_bits)]
+
+    return digest_of({entry.site.name: "budget" if entry.budgeted else kept(entry) for entry in plan.sites})

@@ -223,17 +223,24 @@ def finalize(context: RunContext, tuned: Quantized, arm: str) -> Quantized:
     key: dict[str, JSON] = {"version": FINALIZE_VERSION, "from": tuned.stage.digest}
 
     def compute(folder: Path, progress: Progress) -> None:
-        changed = finalize_layers(tuned.student.layers())
+        changed = _finalized(tuned.student)
         (folder / "rounding.json").write_text(json.dumps(changed))
         (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(tuned.bit_map)))
         save_state(tuned.student, folder / "final.safetensors")
 
     stage = context.stage("finalize", f"{arm}: finalize", key, compute, link=f"{arm}/finalize")
     if stage.reused:
-        finalize_layers(tuned.student.layers())
+        _finalized(tuned.student)
     for layer in tuned.student.layers().values():
         layer.freeze()
     return Quantized(tuned.student, tuned.bit_map, stage, (*tuned.stages, stage))
+
+
+def _finalized(student: Student) -> dict[str, float]:
+    """Finalize layers and attentions in place; returns what it changed, by layer."""
+    for attention in student.attentions().values():
+        attention.round_parameters()
+    return finalize_layers(student.layers())
 
 
 @dataclass(frozen=True)
