@@ -5,9 +5,10 @@ with mixed widths stores its width for every channel in 3 bits. Scales and smoot
 computes with them. A rounded zero point is an integer as wide as its site's values need, a free one float32.
 Activations store a scale and a zero point for each slot and calibrated timestep and, where they depend on the
 timestep, the timestep in 2 bytes; corrections of the sampler store their tensors and such a timestep for each recorded
-step. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the float model's own width and
-is counted once however many modules share it. One bit operation is one bit of the weight times one
-bit of the activation in one multiply-accumulate.
+step. Where the parts of a skip concatenation are quantized apart, each has its own scales in the activation and in the
+weight that reads it. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the float
+model's own width and is counted once however many modules share it. One bit operation is one bit of the weight, or of
+the other operand where two activations are multiplied, times one bit of the activation in one multiply-accumulate.
 """
 
 from __future__ import annotations

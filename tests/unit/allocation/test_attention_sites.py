@@ -15,6 +15,7 @@ from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import make_plan
 from quantlab.allocation.student import restore
 from quantlab.allocation.uniform import UniformPolicy
+from quantlab.api import quantize
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.quant import Observer
@@ -148,3 +149,13 @@ def test_keep_has_the_last_word(toy) -> None:
 def test_a_model_without_fused_attention_is_told() -> None:
     with pytest.raises(RecipeError, match="no fused attention"):
         attending(make_toy())
+
+
+def test_a_module_in_memory_goes_through_all_stages(toy) -> None:
+    batch = {"sample": torch.randn(16, 1, 6, 6), "timestep": torch.arange(16) * 50}
+    done = quantize(toy.task.network, [batch], "mse", weight_bits=8, samples=16, settings={"attention": {"bits": 6}})
+    assert done.bit_map.activation_bits["attend", "query"] == 6
+    assert done.bit_map.activation_bits["attend", "probabilities"] == 8
+    assert done.accounting.coverage == 1 and "attend" not in done.coverage
+    exact = toy.task.network(**batch)
+    assert 0 < (done.module(**batch) - exact).abs().mean() < 0.05 * exact.abs().mean()
