@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
+    from quantlab.calibration.choose import draw_pairs
     from quantlab.calibration.collect import calibration_batch
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
     from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
     from quantlab.contracts.config import Strict
+    from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationSet, Task, TrainingBatch
+    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task, TrainingBatch
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.sampler import CalibrationPairs, CalibrationSampler, SamplerProblem
     from quantlab.contracts.schedule import LossConfig, Schedule
     from quantlab.contracts.sections import Budget, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
@@ -65,16 +68,19 @@ if TYPE_CHECKING:
 _NAMES = {
     "api": "LoadedRun QuantizedModule load_quantized quantize",
     "bench": "run_bench=bench",
+    "calibration.choose": "draw_pairs",
     "calibration.collect": "calibration_batch",
     "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS SiteData",
     "contracts.block": "Block Grouping Partition TEMPORAL",
     "contracts.config": "Strict",
+    "contracts.correction": "Correction CorrectionData CorrectionStep",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
-    "contracts.model": "CalibrationSet Task TrainingBatch",
+    "contracts.model": "CalibrationBatch CalibrationSet Task TrainingBatch",
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
+    "contracts.sampler": "CalibrationPairs CalibrationSampler SamplerProblem",
     "contracts.schedule": "LossConfig Schedule",
     "contracts.sections": "Budget Tune",
     "contracts.site": "Site SiteKind Slot",
@@ -113,10 +119,16 @@ __all__ = [
     "BitPolicy",
     "Block",
     "Budget",
+    "CalibrationBatch",
+    "CalibrationPairs",
+    "CalibrationSampler",
     "CalibrationSet",
     "CaptureError",
     "Checkpoint",
     "ConvAdapter",
+    "Correction",
+    "CorrectionData",
+    "CorrectionStep",
     "Grouping",
     "LoadedRecipe",
     "LoadedRun",
@@ -142,6 +154,7 @@ __all__ = [
     "Registry",
     "RunOptions",
     "RunResult",
+    "SamplerProblem",
     "Schedule",
     "Site",
     "SiteData",
@@ -160,6 +173,7 @@ __all__ = [
     "Tuner",
     "blame_non_finite",
     "calibration_batch",
+    "draw_pairs",
     "fake_quantize",
     "hookimpl",
     "last_block",

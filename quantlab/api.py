@@ -13,12 +13,14 @@ from torch import nn
 from quantlab.allocation.cost import student_cost
 from quantlab.allocation.student import Student, build_student, restore
 from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import GenerativeTask
 from quantlab.contracts.sections import Evaluate, Model, Sampling
-from quantlab.errors import ArtefactError
+from quantlab.errors import ArtefactError, RecipeError
 from quantlab.evaluation.quality import quality
 from quantlab.graph.bind import bind
 from quantlab.graph.serialize import from_json
+from quantlab.graph.sites import find_sites
 from quantlab.models.builtin import BuiltinConfig, BuiltinSource
 from quantlab.models.module import Batch, ModuleTask
 from quantlab.plugins import Registry, load_registry
@@ -30,7 +32,7 @@ from quantlab.recipe.schema import SCHEMA_VERSION, Recipe
 from quantlab.report.console import Console, make_console
 from quantlab.report.grid import GridRow, save_grid
 from quantlab.run import load_task
-from quantlab.stages import prepare
+from quantlab.stages import correct, prepare
 from quantlab.stages import quantize as quantize_stages
 from quantlab.stages.context import RunContext
 from quantlab.stages.describe import coverage_text, pixels
@@ -108,6 +110,13 @@ def quantize(
     for layer in (own, settings or {}):
         root = merge(root, node_of(layer, "quantize(...)"))
     recipe = check_plugins(check(Recipe, root), root, registry)
+    if recipe.corrections:
+        raise RecipeError(
+            "a module in memory is not sampled, so its sampler cannot be corrected",
+            where=root.reach(("corrections",))[0].origin,
+            got=recipe.corrections[0].name,
+            next_step='choose another method, or pass settings={"corrections": []}',
+        )
     with tempfile.TemporaryDirectory() as folder:
         run_folder = create_run(Path(folder), "memory", "0" * 16)
         context = RunContext(Store(Path(folder)), run_folder, registry, console or make_console(quiet=True))
@@ -116,7 +125,7 @@ def quantize(
 
 def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: int) -> QuantizedModule:
     captured = prepare.capture(context, task)
-    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, {})
+    plan = prepare.plan(captured.sites, recipe, {})
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     rows = min(samples, calibrated.data.num_samples)
     recipe = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"samples": rows})})
@@ -130,12 +139,13 @@ def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: in
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The quantized model of a run folder."""
+    """The quantized model of a run folder, with the corrections of its sampler."""
 
     task: GenerativeTask
     student: Student
     recipe: Recipe
     method: str
+    corrections: tuple[FittedCorrection, ...] = ()
 
 
 def load_quantized(
@@ -164,15 +174,17 @@ def load_quantized(
         raise ArtefactError("the run has no such method, or did not finish", where=str(folder), got=method)
     task = load_task(loaded, device, str(read_json(folder / "environment.json").get("dtype", "float32")))
     graph = from_json((folder / "capture" / "graph.json").read_text())
-    sites = prepare.sites_from_json((folder / "capture" / "sites.json").read_bytes())
-    plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin)
+    sites = find_sites(task.network, graph)
+    plan = prepare.plan(sites, recipe, loaded.origin)
     bit_map = quantize_stages.bit_map_from_json(read_json(final / "allocation.json"))  # type: ignore[arg-type]
     student = build_student(task, graph, plan)
     choices = quantize_stages.choices_of(recipe, loaded.registry)
     restore(student, bit_map, choices, quantize_stages.load_state(final / "final.safetensors"))
     for layer in student.layers().values():
         layer.freeze()
-    return LoadedRun(task, student, recipe, method)
+    fitted = folder / method / "correct" / correct.FILE
+    corrections = correct.load_corrections(fitted, recipe, loaded.registry) if recipe.corrections else ()
+    return LoadedRun(task, student, recipe, method, corrections)
 
 
 def sample(folder: Path, number: int, seed: int, output: Path, device: str, steps: int | None = None) -> str:
@@ -180,7 +192,7 @@ def sample(folder: Path, number: int, seed: int, output: Path, device: str, step
     loaded = load_quantized(folder, device=device, steps=steps)
     settings = Evaluate(samples=max(2, number), batch=250)
     with make_console().task("Draw images") as progress, torch.no_grad():
-        images = draw(loaded.task, loaded.student.run, settings, seed, progress)[:number]
+        images = draw(loaded.task, loaded.student.run, settings, seed, progress, loaded.corrections)[:number]
     per_row = min(number, 16)
     rows = [GridRow(loaded.method, pixels(part)) for part in images.split(per_row)]
     save_grid(rows, output)

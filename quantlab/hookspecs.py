@@ -13,7 +13,7 @@ Every class has
 
 - ``name``: how recipes call it, in lower case with dashes;
 - ``Config``: a ``quantlab.Strict`` model of its options, checked when the recipe is read (passes, policies,
-  quantizers, losses and tuners);
+  samplers, quantizers, losses, tuners and corrections);
 - ``paper``: where it was published, or None;
 - ``version``: an integer, raised whenever its numbers change, so that stored results are not reused;
 - a docstring whose first line ``quantlab list`` prints.
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from quantlab.contracts.allocation import BitPolicy
+    from quantlab.contracts.correction import Correction
     from quantlab.contracts.event import StageEvent
     from quantlab.contracts.method import Method
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.sampler import CalibrationSampler
     from quantlab.contracts.tuning import Loss, Tuner
 
 PROJECT = "quantlab"
@@ -89,6 +91,16 @@ def quantlab_bit_policies() -> Iterable[type[BitPolicy]]:  # type: ignore[empty-
 
 
 @hookspec
+def quantlab_samplers() -> Iterable[type[CalibrationSampler]]:  # type: ignore[empty-body]
+    """Calibration samplers: which recorded inputs ranges and scores are found on; the recipe's ``calibrate.sampler``.
+
+    The engine builds the class with its Config and calls ``choose(problem)`` once. It gets a ``SamplerProblem`` and
+    returns ``CalibrationPairs`` of step and trajectory, sorted, within the budget, the same again under the same
+    generator; ``quantlab.draw_pairs`` turns a number for each step into them.
+    """
+
+
+@hookspec
 def quantlab_quantizers() -> Iterable[type[Quantizer]]:  # type: ignore[empty-body]
     """Quantizers: how a tensor becomes integers; the recipe's ``weights.quantizer`` and ``activations.quantizer``.
 
@@ -118,6 +130,16 @@ def quantlab_losses() -> Iterable[type[Loss]]:  # type: ignore[empty-body]
     returns a 0-dim tensor with a gradient towards the student, or None when there is nothing at this step. What a loss
     remembers beyond a trajectory it gives to checkpoints in ``state()`` and gets back in ``load``. A Config that is a
     ``quantlab.LossConfig`` has a weight and a schedule; the loss multiplies by ``weight_at(step.progress)``.
+    """
+
+
+@hookspec
+def quantlab_corrections() -> Iterable[type[Correction]]:  # type: ignore[empty-body]
+    """Corrections of the sampler for a quantized model's errors; the recipe's ``corrections``, in order.
+
+    The engine builds the class with its Config and calls ``fit(data)`` once, with what the float and the finished
+    quantized model predict on the recorded trajectories. What it returns is stored and counted, and handed to
+    ``correct`` after every prediction and to ``variance`` at every step where the sampler adds noise.
     """
 
 

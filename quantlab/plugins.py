@@ -39,9 +39,11 @@ class Kind(StrEnum):
     MODEL = "model"
     PASS = "pass"
     POLICY = "policy"
+    SAMPLER = "sampler"
     QUANTIZER = "quantizer"
     TUNER = "tuner"
     LOSS = "loss"
+    CORRECTION = "correction"
     METRIC = "metric"
 
     @property
@@ -55,9 +57,11 @@ _HOOKS: Mapping[Kind, str] = {
     Kind.MODEL: "quantlab_models",
     Kind.PASS: "quantlab_passes",
     Kind.POLICY: "quantlab_bit_policies",
+    Kind.SAMPLER: "quantlab_samplers",
     Kind.QUANTIZER: "quantlab_quantizers",
     Kind.TUNER: "quantlab_tuners",
     Kind.LOSS: "quantlab_losses",
+    Kind.CORRECTION: "quantlab_corrections",
     Kind.METRIC: "quantlab_metrics",
 }
 

@@ -20,7 +20,7 @@ from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
 from quantlab.report.tables import markdown
-from quantlab.stages import describe, evaluate, prepare, quantize
+from quantlab.stages import correct, describe, evaluate, prepare, quantize
 from quantlab.stages.context import RunContext
 from quantlab.store import JSON, Store, create_run, digest_of
 
@@ -73,7 +73,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
 
     captured = prepare.capture(context, task)
     float_model = FloatModel.of(task.network)
-    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, loaded.origin)
+    plan = prepare.plan(captured.sites, recipe, loaded.origin)
     cost = dry_cost(recipe, plan, float_model)
     folder.write_json("plan.json", describe.plan_json(plan, cost))
     coverage = describe.coverage_text(plan, cost)
@@ -89,10 +89,11 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     baselines = [name for name in dict.fromkeys(recipe.baselines) if name != recipe.method]
     for method in (*baselines, recipe.method):
         arm = for_method(loaded, method)
-        plan = prepare.plan(captured.sites, arm.keep, arm.budget, loaded.origin)
+        plan = prepare.plan(captured.sites, arm, loaded.origin)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method)
+        final = correct.correct(context, captured, calibrated, final, arm, method)
         measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
         seconds = sum(stage.seconds for stage in final.stages)
         rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
@@ -109,6 +110,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
     arms = [for_method(loaded, method) for method in (*recipe.baselines, recipe.method)]
     versions = [prepare.CAPTURE_VERSION, prepare.CALIBRATE_VERSION, quantize.ASSIGN_VERSION, quantize.TUNE_VERSION]
     versions += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION, ACCOUNTING_VERSION]
+    versions += [correct.CORRECT_VERSION] if any(arm.corrections for arm in arms) else []
     return digest_of(
         {
             "arms": [essence(arm, registry) for arm in arms],
@@ -151,7 +153,7 @@ def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> 
     recipe = loaded.recipe
     with options.console.task("Capture the graph"):
         sites = prepare.capture_sites(task)[1]
-    plan = prepare.plan(sites, recipe.keep, recipe.budget, loaded.origin)
+    plan = prepare.plan(sites, recipe, loaded.origin)
     float_model = FloatModel.of(task.network)
     cost = dry_cost(recipe, plan, float_model)
     return describe.plan_text(plan, cost)
@@ -219,7 +221,7 @@ def quantized_row(
     protocol: evaluate.Protocol,
 ) -> Row:
     """The row of a method."""
-    cost = student_cost(final.student, final.bit_map, float_model)
+    cost = student_cost(final.student, final.bit_map, float_model, final.corrections)
     inputs = [final.bit_map.activation_bits[site.name, site.slots[0].name] for site in plan.budgeted]
     return Row(
         method=arm.method,

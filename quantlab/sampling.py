@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quantlab.contracts.correction import CorrectionStep, FittedCorrection
 from quantlab.contracts.sections import Sampling
 from quantlab.torchvision_shim import ensure_torchvision_imports
 
@@ -30,7 +31,7 @@ class SampleStep:
     Attributes:
         index: position in the sampler, 0 is the noisiest.
         inputs: ``sample`` [B, C, H, W], ``timestep`` [B] and the conditions.
-        prediction: the predicted noise.
+        prediction: the predicted noise, corrected where there are corrections.
     """
 
     index: int
@@ -83,6 +84,7 @@ class Schedule:
         conditions: Mapping[str, Tensor],
         rng: Noise = None,
         observe: Observe | None = None,
+        corrections: Sequence[FittedCorrection] = (),
     ) -> Tensor:
         """Denoise ``noise`` [B, C, H, W] with DDIM (arXiv 2010.02502, equation 12).
 
@@ -92,6 +94,7 @@ class Schedule:
             conditions: keyword tensors [B, ...] that every step gets.
             rng: of the noise that eta > 0 adds at every step; a list has one for each sample.
             observe: called after every prediction.
+            corrections: of a quantized model's predictions and of the noise that is added, in their order.
 
         Returns:
             x_0 [B, C, H, W].
@@ -100,13 +103,57 @@ class Schedule:
         for index, timestep in enumerate(self.timesteps.tolist()):
             step_inputs = {"sample": x, "timestep": torch.full((len(x),), timestep, device=x.device), **conditions}
             prediction = predict(step_inputs)
+            for fitted in corrections:
+                nearest = self._correction_step(index, fitted).index
+                prediction = fitted.correction.correct(fitted.tensors, nearest, prediction)
             if observe is not None:
                 observe(SampleStep(index, step_inputs, prediction))
-            x = self.step(index, prediction, x, rng)
+            x = self.step(index, prediction, x, rng, corrections)
         return x
 
-    def step(self, index: int, prediction: Tensor, x: Tensor, rng: Noise = None) -> Tensor:
-        """x at the next step from the noise predicted at step ``index``; a pure function but for ``rng``."""
+    def step(
+        self,
+        index: int,
+        prediction: Tensor,
+        x: Tensor,
+        rng: Noise = None,
+        corrections: Sequence[FittedCorrection] = (),
+    ) -> Tensor:
+        """x at the next step from the noise predicted at step ``index``; a pure function but for ``rng``.
+
+        ``corrections`` change the noise that is added alone: the prediction is taken as it is.
+        """
         scheduler = self._scheduler
-        timestep = int(scheduler.timesteps[index])
-        return scheduler.step(prediction, timestep, x, eta=self.settings.eta, generator=rng, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+        timestep, eta = int(scheduler.timesteps[index]), self.settings.eta
+        variance, calibrated = self.variance(index), self._calibrated(index, corrections)
+        if calibrated == variance:
+            return scheduler.step(prediction, timestep, x, eta=eta, generator=rng, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+        from diffusers.utils.torch_utils import randn_tensor
+
+        # The scheduler multiplies the noise it is given by its own standard deviation.
+        noise = randn_tensor(prediction.shape, generator=rng, device=prediction.device, dtype=prediction.dtype)  # pyright: ignore[reportArgumentType]
+        noise = noise * (calibrated / variance) ** 0.5
+        return scheduler.step(prediction, timestep, x, eta=eta, variance_noise=noise, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+
+    def variance(self, index: int) -> float:
+        """Of the noise that step ``index`` adds (arXiv 2010.02502, equation 16, squared)."""
+        alpha, before = self._alphas(index)
+        return self.settings.eta**2 * (1 - before) / (1 - alpha) * (1 - alpha / before)
+
+    def _calibrated(self, index: int, corrections: Sequence[FittedCorrection]) -> float:
+        """The variance as the corrections have it; 0 stays 0."""
+        variance = self.variance(index)
+        for fitted in corrections if variance else ():
+            step = self._correction_step(index, fitted)
+            variance = fitted.correction.variance(fitted.tensors, step, variance)
+        return variance
+
+    def _correction_step(self, index: int, fitted: FittedCorrection) -> CorrectionStep:
+        distances = (fitted.timesteps - self.timesteps[index]).abs()
+        return CorrectionStep(int(distances.argmin()), *self._alphas(index))
+
+    def _alphas(self, index: int) -> tuple[float, float]:
+        """Products of 1 - beta at the timestep of a step and at the one it leads to."""
+        timestep = int(self.timesteps[index])
+        before = max(0, timestep - len(self.alphas_cumprod) // self.settings.steps)
+        return float(self.alphas_cumprod[timestep]), float(self.alphas_cumprod[before])

@@ -8,19 +8,27 @@ produce, as the released MPQ-DM does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from quantlab.allocation.plan import SitePlan, mean_weight_bits
-from quantlab.allocation.student import QuantizedLayer, QuantizerChoices, Student, install_quantizers
-from quantlab.calibration.collect import collect_inputs, watch_inputs
+from quantlab.allocation.student import (
+    QuantizedLayer,
+    QuantizerChoices,
+    Student,
+    install_attention_quantizers,
+    install_quantizers,
+)
+from quantlab.calibration.collect import collect_inputs, collect_operands, watch_inputs
 from quantlab.calibration.stats import SiteRecord, TensorSiteData
 from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.passes import SmoothingPass
+from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.sections import InputsFrom
 from quantlab.errors import PluginError, QuantlabError
 from quantlab.graph.passes.smooth import smooth
@@ -52,12 +60,13 @@ def assign(
         QuantlabError: a site was not reached, or the policies missed the budget.
     """
     assigner = _Assigner(student, method, batch.timestep, rng)
-    names = [entry.site.name for entry in student.plan.quantized]
+    names = [entry.site.name for entry in student.plan.layers]
     bit_map = student.plan.nominal()
     with torch.no_grad():
         match method.inputs_from:
             case InputsFrom.TEACHER:
                 inputs = collect_inputs(student.network, names, lambda: student.run(batch.inputs))
+                attended = collect_operands(student.attentions(), lambda: student.run(batch.inputs))
                 records = {name: assigner.smoothed(entry, inputs[name]) for name, entry in assigner.entries.items()}
                 bit_map = assigner.allocate(bit_map, records)
                 for done, (name, record) in enumerate(records.items(), 1):
@@ -78,6 +87,8 @@ def assign(
 
                 watch_inputs(student.network, names, assign_site, lambda: student.run(batch.inputs))
                 _require_all(names, assigned)
+                attended = collect_operands(student.attentions(), lambda: student.run(batch.inputs))
+        assigner.quantize_attentions(attended, bit_map)
     _require_budget(student, bit_map)
     return bit_map
 
@@ -93,7 +104,7 @@ class _Assigner:
 
     @property
     def entries(self) -> dict[str, SitePlan]:
-        return {entry.site.name: entry for entry in self.student.plan.quantized}
+        return {entry.site.name: entry for entry in self.student.plan.layers}
 
     def smoothed(self, entry: SitePlan, inputs: tuple[Tensor, ...]) -> SiteRecord:
         """Measure a site and set its smoothing scales; only sites under the budget are smoothed."""
@@ -147,6 +158,17 @@ class _Assigner:
         pairs = ((layer.forward(x.to(layer.weight.dtype), self.timestep), x) for x in record.inputs)
         squared = [(output.float() - record.compute(x, record.weight)).square() for output, x in pairs]
         return sum(part.double().sum().item() for part in squared) / sum(part.numel() for part in squared)
+
+    def quantize_attentions(self, attended: Mapping[str, Mapping[str, Tensor]], bit_map: BitMap) -> None:
+        """Install the quantizers of every attention and find their scales."""
+        for entry in self.student.plan.attentions:
+            attention = self.student.attentions()[entry.site.name]
+            install_attention_quantizers(attention, entry, bit_map, self.method.choices)
+            for slot, quantizer in attention.quantizers.items():
+                x = attended[entry.site.name][slot]
+                quantizer.to(x.device)
+                cast(Quantizer, quantizer).observe(x, self.timestep)
+                cast(Quantizer, quantizer).freeze()
 
 
 def _check_policy(policy: BitPolicy, problem: AllocationProblem, bit_map: BitMap) -> None:

@@ -3,33 +3,55 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
 from quantlab.allocation.plan import Plan, SitePlan
 from quantlab.allocation.student import QuantizedLayer, Student
 from quantlab.contracts.allocation import FLOAT_BITS, BitMap
+from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.site import Site
-from quantlab.quant.accounting import Accounting, FloatModel, SiteCost, account, zero_point_bytes
+from quantlab.quant.accounting import (
+    TIMESTEP_BYTES,
+    Accounting,
+    FloatModel,
+    Product,
+    SiteCost,
+    account,
+    table_bytes,
+    zero_point_bytes,
+)
+from quantlab.quant.attention import KEY, PROBABILITIES, QUERY, VALUE, QuantizedAttention
 
 
-def student_cost(student: Student, bit_map: BitMap, float_model: FloatModel) -> Accounting:
+def student_cost(
+    student: Student, bit_map: BitMap, float_model: FloatModel, corrections: Sequence[FittedCorrection] = ()
+) -> Accounting:
     """Bytes and bit operations of a student with its quantizers in place.
 
     Args:
         student: the student.
         bit_map: its bits.
         float_model: of the float network.
+        corrections: of the sampler.
     """
-    quantized = student.layers()
+    quantized, attentions = student.layers(), student.attentions()
     costs = []
     for entry in student.plan.sites:
         cost = site_cost(entry.site, bit_map)
-        layer = quantized.get(entry.site.name)
-        costs.append(cost if layer is None else _with_layer(cost, layer))
-    return account(costs, float_model)
+        layer, attention = quantized.get(entry.site.name), attentions.get(entry.site.name)
+        cost = cost if layer is None else _with_layer(cost, layer)
+        costs.append(cost if attention is None else replace(cost, operand_bytes=_operand_bytes(attention)))
+    return replace(account(costs, float_model), correction_bytes=sum(map(_correction_bytes, corrections)))
+
+
+def _correction_bytes(fitted: FittedCorrection) -> int:
+    tables = sum(value.numel() * value.element_size() for value in fitted.tensors.values())
+    return tables + TIMESTEP_BYTES * len(fitted.timesteps)
 
 
 def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: bool) -> Accounting:
@@ -45,12 +67,16 @@ def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: 
     costs = []
     for entry in plan.sites:
         cost = site_cost(entry.site, bit_map)
+        entries = timesteps if entry.site.has_samples_first else 1
+        if cost.products:
+            cost = replace(cost, operand_bytes=len(entry.site.slots) * table_bytes(entries, 1, entries > 1))
         if entry.budgeted:
-            entries = timesteps if entry.site.has_samples_first else 1
+            parts = max(1, len(entry.split))
             cost = replace(
                 cost,
+                weight_scales_per_channel=parts,
                 weight_bits=_with_extra(cost.weight_bits, plan.budget.extra_bit_fraction),
-                activation_entries=entries,
+                activation_entries=entries * parts,
                 per_timestep=entries > 1,
                 smoothing_channels=_input_channels(entry) if smoothed else 0,
             )
@@ -66,7 +92,32 @@ def site_cost(site: Site, bit_map: BitMap) -> SiteCost:
         weights_per_channel=site.weight_count // max(1, site.out_channels),
         weight_bits=bit_map.weight_bits[site.name],
         activation_bits=bit_map.activation_bits[site.name, site.slots[0].name],
+        products=_products(site, bit_map),
     )
+
+
+def _products(site: Site, bit_map: BitMap) -> tuple[Product, ...]:
+    """Query times key and probabilities times value of an attention that the bit map quantizes."""
+    shapes = {slot.name: slot.shape for slot in site.slots}
+    if PROBABILITIES not in shapes:
+        return ()
+    bits = {slot: bit_map.activation_bits[site.name, slot] for slot in shapes}
+    pairs = math.prod(shapes[PROBABILITIES])
+    return (
+        Product(pairs * shapes[QUERY][-1], (bits[QUERY], bits[KEY])),
+        Product(pairs * shapes[VALUE][-1], (bits[PROBABILITIES], bits[VALUE])),
+    )
+
+
+def _operand_bytes(attention: QuantizedAttention) -> int:
+    """Tables of an attention's quantizers."""
+    total = 0
+    for quantizer in attention.quantizers.values():
+        stored = cast(Quantizer, quantizer).qparams()
+        if stored is not None:
+            width = zero_point_bytes(stored.zero_point, stored.round_zero_point)
+            total += table_bytes(stored.scale.numel(), width, stored.timesteps is not None)
+    return total
 
 
 def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
@@ -77,12 +128,18 @@ def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
         activation_entries=inputs.scale.numel() if inputs is not None else 1,
         per_timestep=inputs is not None and inputs.timesteps is not None,
         weight_zero_point_bytes=_zero_points(layer.weight_quantizer),
+        weight_scales_per_channel=_parts(layer.weight_quantizer),
         activation_zero_point_bytes=_zero_points(layer.input_quantizer),
         smoothing_channels=layer.smoothing.numel() if layer.smoothing is not None else 0,
         adapter_bytes=sum(p.numel() * p.element_size() for p in layer.adapter.parameters()) if layer.adapter else 0,
         extra_bytes=sum(q.extra_bytes() for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None),
         branch_values=sum(p.numel() for p in layer.branch.parameters()) if layer.branch else 0,
     )
+
+
+def _parts(quantizer: Quantizer | None) -> int:
+    parameters = quantizer.qparams() if quantizer is not None else None
+    return max(1, len(parameters.split)) if parameters is not None else 1
 
 
 def _zero_points(quantizer: Quantizer | None) -> int:

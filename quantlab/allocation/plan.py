@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from quantlab.contracts.allocation import FLOAT_BITS, BitMap
-from quantlab.contracts.sections import Budget
-from quantlab.contracts.site import Site, SiteKind
+from quantlab.contracts.sections import Attention, Budget
+from quantlab.contracts.site import Site, SiteKind, Slot
 from quantlab.errors import ModelError, RecipeError
 
 
@@ -23,6 +23,8 @@ class SitePlan:
         activation_bits: likewise of its input.
         budgeted: the budget and the policies decide about it; otherwise a ``keep`` rule fixed its bits.
         reason: why it stays float, "" otherwise.
+        split: sizes of the parts of its input that get quantizers of their own, as do the weights that read them.
+        slot_bits: bits of single inputs where they differ from ``activation_bits``, by slot.
     """
 
     site: Site
@@ -30,6 +32,12 @@ class SitePlan:
     activation_bits: int
     budgeted: bool
     reason: str = ""
+    split: tuple[int, ...] = ()
+    slot_bits: Mapping[str, int] = field(default_factory=dict)
+
+    def bits_of(self, slot: Slot) -> int:
+        """Nominal bits of an input."""
+        return self.slot_bits.get(slot.name, self.activation_bits)
 
     @property
     def quantized(self) -> bool:
@@ -50,6 +58,16 @@ class Plan:
         return tuple(entry for entry in self.sites if entry.quantized)
 
     @property
+    def layers(self) -> tuple[SitePlan, ...]:
+        """Of them, the linear layers and convolutions."""
+        return tuple(entry for entry in self.quantized if entry.site.kind is not SiteKind.ATTENTION)
+
+    @property
+    def attentions(self) -> tuple[SitePlan, ...]:
+        """Of them, the attentions."""
+        return tuple(entry for entry in self.quantized if entry.site.kind is SiteKind.ATTENTION)
+
+    @property
     def budgeted(self) -> tuple[Site, ...]:
         """The sites that policies may allocate."""
         return tuple(entry.site for entry in self.sites if entry.budgeted)
@@ -58,20 +76,29 @@ class Plan:
         """The bit map before any policy: every channel of a site alike."""
         return BitMap(
             {e.site.name: torch.full((e.site.out_channels,), e.weight_bits, dtype=torch.int8) for e in self.sites},
-            {(e.site.name, slot.name): e.activation_bits for e in self.sites for slot in e.site.slots},
+            {(e.site.name, slot.name): e.bits_of(slot) for e in self.sites for slot in e.site.slots},
         )
 
 
-def make_plan(sites: Sequence[Site], keep: Mapping[str, int], budget: Budget) -> Plan:
+def make_plan(
+    sites: Sequence[Site],
+    keep: Mapping[str, int],
+    budget: Budget,
+    *,
+    split_skip: bool = False,
+    attention: Attention | None = None,
+) -> Plan:
     """Give every site its nominal bits.
 
     Args:
         sites: of the captured graph.
         keep: bits by site name of the sites outside the budget, FLOAT_BITS for float.
         budget: bits of all others.
+        split_skip: of them, those fed by a skip concatenation quantize its parts apart.
+        attention: bits of attention's products, which no budget is about; they stay float without it.
 
     Raises:
-        RecipeError: nothing is left to quantize.
+        RecipeError: nothing is left to quantize, or no attention is there to be quantized.
         ModelError: the model has no linear layer or convolution inside it.
     """
     if not any(site.kind in (SiteKind.CONV, SiteKind.LINEAR) for site in sites):
@@ -80,22 +107,44 @@ def make_plan(sites: Sequence[Site], keep: Mapping[str, int], budget: Budget) ->
             where="capture",
             next_step="if the model is itself one layer, put it into a torch.nn.Sequential",
         )
+    if attention is not None and not any(site.kind is SiteKind.ATTENTION for site in sites):
+        raise RecipeError(
+            "the model calls no fused attention; one that is written out stays float",
+            where="attention",
+            next_step="leave the key out",
+        )
     entries = []
     for site in sites:
-        if site.kind not in (SiteKind.CONV, SiteKind.LINEAR):
+        if site.kind is SiteKind.ATTENTION and attention is not None:
+            entries.append(_attention_plan(site, keep.get(site.name), attention))
+        elif site.kind not in (SiteKind.CONV, SiteKind.LINEAR):
             entries.append(SitePlan(site, FLOAT_BITS, FLOAT_BITS, False, f"{site.kind} sites are not quantized"))
         elif site.name in keep:
             bits = keep[site.name]
             reason = "kept float by the recipe" if bits == FLOAT_BITS else ""
             entries.append(SitePlan(site, bits, bits, False, reason))
         else:
-            entries.append(SitePlan(site, budget.weight_bits, budget.activation_bits, True))
+            split = site.split if split_skip else ()
+            entries.append(SitePlan(site, budget.weight_bits, budget.activation_bits, True, split=split))
     plan = Plan(tuple(entries), budget)
     if not plan.budgeted:
         raise RecipeError(
             "no site is left for the budget", where="keep", next_step="remove a keep rule that matches everything"
         )
     return plan
+
+
+def _attention_plan(site: Site, kept: int | None, attention: Attention) -> SitePlan:
+    """The intent for an attention; a ``keep`` rule about it has the last word."""
+    if kept == FLOAT_BITS:
+        return SitePlan(site, FLOAT_BITS, FLOAT_BITS, False, "kept float by the recipe")
+    shapes = {slot.name: slot.shape for slot in site.slots}
+    if len(site.slots) != len(shapes):
+        return SitePlan(site, FLOAT_BITS, FLOAT_BITS, False, "attention called more than once in a forward")
+    probabilities = Slot("probabilities", (*shapes["query"][:-1], shapes["key"][-2]))
+    site = replace(site, slots=(*site.slots, probabilities))
+    bits, probability_bits = (attention.bits, attention.probability_bits) if kept is None else (kept, kept)
+    return SitePlan(site, FLOAT_BITS, bits, False, slot_bits={probabilities.name: probability_bits})
 
 
 def mean_weight_bits(bit_map: BitMap, sites: Sequence[Site]) -> float:

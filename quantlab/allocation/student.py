@@ -19,9 +19,12 @@ from quantlab.contracts.sections import Activations, Weights
 from quantlab.contracts.tuning import AdapterSpec, TappedRun
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.passes.insert_quantizers import insert_quantizers
+from quantlab.graph.passes.replace_attention import attention_path, replace_attention
 from quantlab.graph.passes.taps import attach_taps
 from quantlab.graph.run import runner
+from quantlab.quant.attention import QuantizedAttention
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.split import SplitQuantizer
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
@@ -33,9 +36,11 @@ class QuantizerChoice:
     quantizer: type[Quantizer]
     settings: Weights
 
-    def build(self, spec: QuantSpec, bits: int | Tensor) -> Quantizer:
-        """A quantizer without a range yet."""
+    def build(self, spec: QuantSpec, bits: int | Tensor, split: Sequence[int] = (), dim: int = 1) -> Quantizer:
+        """A quantizer without a range yet; of ``split`` sizes along ``dim``, one for each part."""
         config = self.quantizer.Config.model_validate(self.settings.quantizer.options)
+        if split:
+            return SplitQuantizer([self.quantizer.from_spec(spec, bits, config) for _ in split], split, dim)
         return self.quantizer.from_spec(spec, bits, config)
 
 
@@ -69,7 +74,12 @@ class Student:
 
     def layers(self) -> Mapping[str, QuantizedLayer]:
         """All quantized layers, in the graph's order."""
-        return {entry.site.name: self.layer(entry.site.name) for entry in self.plan.quantized}
+        return {entry.site.name: self.layer(entry.site.name) for entry in self.plan.layers}
+
+    def attentions(self) -> Mapping[str, QuantizedAttention]:
+        """All quantized attentions, in the graph's order."""
+        names = [entry.site.name for entry in self.plan.attentions]
+        return {name: self.network.get_submodule(attention_path(name)) for name in names}  # type: ignore[misc]
 
     def trained_layers(self) -> Mapping[str, QuantizedLayer]:
         """The layers under the budget: those that tuning may change."""
@@ -98,8 +108,11 @@ def tapped_run(network: nn.Module, graph: CapturedGraph, taps: Sequence[str]) ->
 def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
     """Copy the network and make its planned sites quantized layers, still without quantizers."""
     network = copy.deepcopy(task.network)
-    names = [entry.site.name for entry in plan.quantized]
+    names = [entry.site.name for entry in plan.layers]
     graph = insert_quantizers(network, captured, names, task.timestep_input)
+    if plan.attentions:
+        attentions = [entry.site.name for entry in plan.attentions]
+        graph = replace_attention(network, graph, attentions, task.timestep_input)
     _untie(network, names)
     run = tapped_run(network, graph, ())
     return Student(network.requires_grad_(False), graph, plan, lambda inputs: run(inputs)[0])
@@ -125,25 +138,46 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
     if entry.weight_bits != FLOAT_BITS:
         weights = choices.weights.settings
         spec = QuantSpec(PerChannel(0), weights.observer, round_zero_point=weights.round_zero_point)
-        layer.weight_quantizer = choices.weights.build(spec, bit_map.weight_bits[entry.site.name])
+        layer.weight_quantizer = choices.weights.build(spec, bit_map.weight_bits[entry.site.name], entry.split)
     input_bits = bit_map.activation_bits[entry.site.name, entry.site.slots[0].name]
     if input_bits != FLOAT_BITS:
-        activations = choices.activations.settings
-        assert isinstance(activations, Activations)
-        spec = QuantSpec(
-            PerTensor(),
-            activations.observer,
-            per_timestep=activations.per_timestep and entry.budgeted and entry.site.has_samples_first,
-            share_start=activations.share_start,
-            round_zero_point=activations.round_zero_point,
-        )
-        layer.input_quantizer = choices.activations.build(spec, input_bits)
+        spec = _input_spec(choices.activations, entry.budgeted and entry.site.has_samples_first)
+        channels = 1 if isinstance(layer, QuantizedConv2d) else -1
+        layer.input_quantizer = choices.activations.build(spec, input_bits, entry.split, channels)
     layer.to(layer.weight.device)
+
+
+def install_attention_quantizers(
+    attention: QuantizedAttention, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices
+) -> None:
+    """Give an attention quantizers without a range, by timestep where the recipe says so."""
+    spec = _input_spec(choices.activations, entry.site.has_samples_first)
+    for slot in entry.site.slots:
+        bits = bit_map.activation_bits[entry.site.name, slot.name]
+        if bits != FLOAT_BITS:
+            attention.quantizers[slot.name] = choices.activations.build(spec, bits)
+
+
+def _input_spec(choice: QuantizerChoice, may_depend_on_timestep: bool) -> QuantSpec:
+    """What the recipe asks of the quantizer of an input."""
+    activations = choice.settings
+    assert isinstance(activations, Activations)
+    return QuantSpec(
+        PerTensor(),
+        activations.observer,
+        per_timestep=activations.per_timestep and may_depend_on_timestep,
+        share_start=activations.share_start,
+        round_zero_point=activations.round_zero_point,
+    )
 
 
 def restore(student: Student, bit_map: BitMap, choices: QuantizerChoices, state: Mapping[str, Tensor]) -> Student:
     """Fill a new student with quantizers of ``bit_map`` and the parameters ``state``."""
-    for entry in student.plan.quantized:
+    device = next(student.network.parameters()).device
+    for entry, attention in zip(student.plan.attentions, student.attentions().values(), strict=True):
+        install_attention_quantizers(attention, entry, bit_map, choices)
+        attention.to(device)
+    for entry in student.plan.layers:
         install_quantizers(student.layer(entry.site.name), entry, bit_map, choices)
     fill(student, state)
     return student

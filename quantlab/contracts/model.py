@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from quantlab.contracts.correction import FittedCorrection
+
 Inputs = Mapping[str, "Tensor"]
 """Keyword tensors of a network's forward; dimension 0 is the batch."""
 Run = Callable[[Inputs], "Tensor"]
@@ -152,8 +154,18 @@ class GenerativeTask(Task):
         """The class of each image of an evaluation, int64 [count]."""
 
     @abstractmethod
-    def sample(self, run: Run, noise: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] from initial noise; ``seeds`` [B] are of the noise that eta > 0 adds."""
+    def sample(
+        self,
+        run: Run,
+        noise: Tensor,
+        labels: Tensor,
+        seeds: Sequence[int],
+        corrections: Sequence[FittedCorrection] = (),
+    ) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] from initial noise.
+
+        ``seeds`` [B] are of the noise that eta > 0 adds, ``corrections`` of the sampler for a quantized network.
+        """
 
     @abstractmethod
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:

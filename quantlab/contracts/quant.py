@@ -65,13 +65,14 @@ class QParams:
     """What a quantizer stores.
 
     Attributes:
-        scale: [] per tensor, [out] per channel, [T] per stored timestep.
+        scale: [] per tensor, [out] per channel, [T] per stored timestep; of a split tensor one for each part before.
         zero_point: the same shape.
         quant_min: smallest code, an int or int tensor [out].
         quant_max: largest code, likewise.
         axis: the channel axis, or None.
         timesteps: the calibrated timesteps [T] of a per-timestep table, or None.
         round_zero_point: the zero points are integers; otherwise they are free floats.
+        split: sizes of the parts that have scales of their own; () for a tensor in one piece.
     """
 
     scale: Tensor
@@ -81,3 +82,4 @@ class QParams:
     axis: int | None = None
     timesteps: Tensor | None = None
     round_zero_point: bool = True
+    split: tuple[int, ...] = ()

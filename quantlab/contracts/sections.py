@@ -56,6 +56,13 @@ class Keep(Strict):
     optional: bool = Field(default=False, description="a pattern that matches nothing is no error")
 
 
+class Attention(Strict):
+    """How the operands of attention's two products are quantized; the same for every method."""
+
+    bits: int = Field(default=8, ge=2, le=8, description="of query, key and value")
+    probability_bits: int = Field(default=8, ge=2, le=8, description="of the probabilities that the softmax gives")
+
+
 class Budget(Strict):
     """What the sites that may be allocated may cost."""
 
@@ -79,6 +86,9 @@ class Calibrate(Strict):
     trajectories: int = Field(default=256, ge=1, description="float sampling trajectories recorded")
     samples: int = Field(
         default=16, ge=1, description="of them, how many give activation ranges and scores, at each step"
+    )
+    sampler: Choice | None = Field(
+        default=None, description="chooses as many inputs another way; none: the first trajectories at every step"
     )
 
 

@@ -43,6 +43,7 @@ class Site:
         tags: roles found from the graph: "first", "last", "time_embed", "skip", "attention.query", ...
         block: path of the block that holds the site ("up_blocks.2"), or the site's own name outside any block.
         groups: groups of a convolution.
+        split: input channels of each tensor that a skip concatenation before the site joins; () without one.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Site:
     tags: frozenset[str] = frozenset()
     block: str = ""
     groups: int = 1
+    split: tuple[int, ...] = ()
 
     @property
     def out_channels(self) -> int:

@@ -31,6 +31,14 @@ def find_roles(model: nn.Module, captured: CapturedGraph, timestep: str | None) 
     return _RoleFinder(model, captured, timestep).roles()
 
 
+def find_splits(model: nn.Module, captured: CapturedGraph, timestep: str | None) -> dict[str, tuple[int, ...]]:
+    """Channels of each tensor that a skip concatenation joins, by the path of every layer it feeds.
+
+    A layer that is called with and without such a concatenation, or with different ones, is not among them.
+    """
+    return _RoleFinder(model, captured, timestep).splits()
+
+
 def sample_input(captured: CapturedGraph, timestep: str | None) -> fx.Node | None:
     """The placeholder of the sample: the first input that is not the timestep, floating if there is one."""
     inputs = [
@@ -45,6 +53,18 @@ def sample_input(captured: CapturedGraph, timestep: str | None) -> fx.Node | Non
 def data_inputs(node: fx.Node) -> list[fx.Node]:
     """The tensors a node computes from; sizes, devices and dtypes are no data."""
     return [source for source in node.all_input_nodes if not source.meta.get("scalar")]
+
+
+def _dim_of(concat: fx.Node) -> int:
+    dim = concat.args[1] if len(concat.args) > 1 else concat.kwargs.get("dim", concat.kwargs.get("axis", 0))
+    assert isinstance(dim, int)
+    return dim
+
+
+def _parts(concat: fx.Node) -> tuple[int, ...]:
+    """The size of each tensor along the dimension that is joined."""
+    tensors = concat.args[0] if concat.args else concat.kwargs["tensors"]
+    return tuple(tensor.meta["shape"][_dim_of(concat)] for tensor in tensors)  # type: ignore[union-attr]
 
 
 class _RoleFinder:
@@ -88,15 +108,27 @@ class _RoleFinder:
             if self.timestep is not None and self.sources[node] == {self.timestep}:
                 yield path, TIME_EMBED
 
-    def _skips(self) -> Iterator[tuple[str, str]]:
+    def splits(self) -> dict[str, tuple[int, ...]]:
+        """Parts of the skip concatenations, by the path of the layers they feed."""
+        concats = dict(self._skip_concats())
+        found: dict[str, set[tuple[int, ...]]] = {}
         for node, path in self.layers.items():
+            found.setdefault(path, set()).add(_parts(concats[node]) if node in concats else ())
+        return {path: parts for path, calls in found.items() if len(calls) == 1 for parts in calls if parts}
+
+    def _skips(self) -> Iterator[tuple[str, str]]:
+        yield from ((self.layers[node], SKIP) for node, _ in self._skip_concats())
+
+    def _skip_concats(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Every call of a layer that a concatenation of channels feeds, with the concatenation."""
+        for node in self.layers:
             source = data_inputs(node)[0]
             shape = source.meta.get("shape")
             # Norms and activations keep the shape and have one tensor input besides their parameters.
             while source.target not in _CONCAT and (before := self._same_shape_input(source)) is not None:
                 source = before
             if source.target in _CONCAT and shape is not None and self._joins_channels(source, node):
-                yield path, SKIP
+                yield node, source
 
     def _same_shape_input(self, node: fx.Node) -> fx.Node | None:
         if node in self.layers:
@@ -106,9 +138,7 @@ class _RoleFinder:
         return inputs[0] if same else None
 
     def _joins_channels(self, concat: fx.Node, layer: fx.Node) -> bool:
-        rank = len(concat.meta["shape"])
-        dim = concat.args[1] if len(concat.args) > 1 else concat.kwargs.get("dim", concat.kwargs.get("axis", 0))
-        assert isinstance(dim, int)
+        rank, dim = len(concat.meta["shape"]), _dim_of(concat)
         call = layer_call(self.model, layer)
         channels = 1 if call is not None and isinstance(call.layer, nn.Conv2d) else rank - 1
         return dim % rank == channels and all(map(self._from_sample, data_inputs(concat)))

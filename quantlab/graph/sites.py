@@ -11,7 +11,7 @@ from torch import fx, nn
 from quantlab.contracts.site import Site, SiteKind, Slot
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.functional import ATTENTION, layer_call
-from quantlab.graph.roles import find_roles, sample_input
+from quantlab.graph.roles import find_roles, find_splits, sample_input
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 Shape = tuple[int, ...]
@@ -43,10 +43,10 @@ def find_sites(model: nn.Module, captured: CapturedGraph, timestep_input: str | 
         for call in _calls(model, node, batch):
             calls.setdefault(call.name, []).append(call)
     timestep = timestep_input or next((name for name in TIMESTEP_NAMES if name in captured.input_names), None)
-    roles = find_roles(model, captured, timestep)
+    roles, splits = find_roles(model, captured, timestep), find_splits(model, captured, timestep)
     paths = [path for path in calls if _is_layer(model.get_submodule(path))]
     return tuple(
-        _weight_site(model, path, found, roles.get(path, frozenset()), paths)
+        _weight_site(model, path, found, roles.get(path, frozenset()), splits.get(path, ()), paths)
         if path in paths
         else Site(path, SiteKind.ATTENTION, None, _macs(found), _slots(found), block=_block(model, path, paths))
         for path, found in calls.items()
@@ -94,10 +94,16 @@ def _at_batch_1(shape: Shape, batch: int) -> Shape:
 
 
 def _weight_site(
-    model: nn.Module, path: str, calls: Sequence[_Call], tags: frozenset[str], paths: Sequence[str]
+    model: nn.Module,
+    path: str,
+    calls: Sequence[_Call],
+    tags: frozenset[str],
+    split: tuple[int, ...],
+    paths: Sequence[str],
 ) -> Site:
     layer = model.get_submodule(path)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     return Site(
         name=path,
         kind=SiteKind.CONV if isinstance(layer, nn.Conv2d) else SiteKind.LINEAR,
@@ -106,7 +112,8 @@ def _weight_site(
         slots=_slots(calls),
         tags=tags,
         block=_block(model, path, paths),
-        groups=layer.groups if isinstance(layer, nn.Conv2d) else 1,
+        groups=groups,
+        split=split if groups == 1 else (),  # a group of outputs reads one group of inputs, of either part
     )
 
 

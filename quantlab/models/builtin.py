@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
+from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run, TrainingBatch
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import RecipeError, nearest
@@ -166,13 +167,22 @@ class DigitsTask(GenerativeTask):
         """Classes in turn: 0, 1, ..., 9, 0, ..."""
         return torch.arange(count, device=self.device) % digits.NUM_CLASSES
 
-    def sample(self, run: Run, noise: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+    def sample(
+        self,
+        run: Run,
+        noise: Tensor,
+        labels: Tensor,
+        seeds: Sequence[int],
+        corrections: Sequence[FittedCorrection] = (),
+    ) -> Tensor:
         """Images [B, 1, 8, 8], clamped to [-1, 1]."""
         # A generator for each image, so that an image does not depend on the batch it is drawn in.
         rng = [torch.Generator().manual_seed(seed) for seed in seeds] if self.schedule.settings.eta else None
         with torch.no_grad():
             conditions = {"class_labels": labels}
-            images = self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng)
+            images = self.schedule.sample(
+                lambda inputs: self.predict(run, inputs), noise, conditions, rng, corrections=corrections
+            )
         return images.float().clamp(-1, 1)
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,13 @@ with mixed widths stores its width for every channel in 3 bits. Scales and smoot
 computes with them. A rounded zero point is an integer as wide as its site's values need, a free one float32.
 A format of its own says what it stores besides.
 Activations store a scale and a zero point for each slot and calibrated timestep and, where they depend on the
-timestep, the timestep in 2 bytes. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the
-float model's own width and is counted once however many modules share it. A low-rank branch stores its factors in
-float16. One bit operation is one bit of the weight times one bit of the activation in one multiply-accumulate; those of
-a branch are counted at 16 times 16 bits, as multiply-accumulates that are not quantized.
+timestep, the timestep in 2 bytes; corrections of the sampler store their tensors and such a timestep for each recorded
+step. Where the parts of a skip concatenation are quantized apart, each has its own scales in the activation and in the
+weight that reads it. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the float
+model's own width and is counted once however many modules share it. A low-rank branch stores its factors in float16.
+One bit operation is one bit of the weight, or of the other operand where two activations are multiplied, times one bit
+of the activation in one multiply-accumulate; those of a branch are counted at 16 times 16 bits, as multiply-accumulates
+that are not quantized.
 """
 
 from __future__ import annotations
@@ -63,6 +66,19 @@ class FloatModel:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A product of two activations.
+
+    Attributes:
+        macs: multiply-accumulates at batch 1.
+        bits: of its two operands.
+    """
+
+    macs: int
+    bits: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class SiteCost:
     """What the accounting must know about one site.
 
@@ -72,14 +88,17 @@ class SiteCost:
         weights_per_channel: in / groups times the kernel.
         weight_bits: integer [out], FLOAT_BITS where it stays float.
         activation_bits: FLOAT_BITS where the input stays float.
-        activation_entries: stored timesteps of the input's quantizer, 1 for a static one.
+        activation_entries: stored timesteps of the input's quantizer, 1 for a static one, times the parts of a split.
         per_timestep: the input's scale depends on the timestep.
         weight_zero_point_bytes: of one zero point of the weight, see ``zero_point_bytes``.
         activation_zero_point_bytes: of one zero point of the input.
+        weight_scales_per_channel: 1, or the parts of a skip concatenation that are quantized apart.
         smoothing_channels: input channels with a smoothing scale, 0 for none.
         adapter_bytes: of an adapter that is not merged.
         extra_bytes: what the format of the weight or the input stores besides, see ``Quantizer.extra_bytes``.
         branch_values: of both factors of a low-rank branch, 0 for none.
+        products: of an attention with quantized operands; together they have the site's ``macs``.
+        operand_bytes: tables of the operands of these products.
     """
 
     name: str
@@ -91,10 +110,13 @@ class SiteCost:
     per_timestep: bool = False
     weight_zero_point_bytes: int = 1
     activation_zero_point_bytes: int = 1
+    weight_scales_per_channel: int = 1
     smoothing_channels: int = 0
     adapter_bytes: int = 0
     extra_bytes: int = 0
     branch_values: int = 0
+    products: tuple[Product, ...] = ()
+    operand_bytes: int = 0
 
     @property
     def branch_macs(self) -> int:
@@ -121,6 +143,7 @@ class Accounting:
         macs: multiply-accumulates of all sites and of their branches.
         quantized_macs: those with a quantized weight and a quantized input.
         bit_operations: of all sites.
+        correction_bytes: what corrections of the sampler store.
     """
 
     weight_bytes: int
@@ -136,6 +159,7 @@ class Accounting:
     macs: int
     quantized_macs: int
     bit_operations: int
+    correction_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -150,6 +174,7 @@ class Accounting:
             + self.adapter_bytes
             + self.branch_bytes
             + self.float_bytes
+            + self.correction_bytes
         )
 
     @property
@@ -167,11 +192,12 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
     """
     quantized = [site for site in sites if is_quantized(site)]
     inputs = [site for site in sites if site.activation_bits != FLOAT_BITS]
+    products = [product for site in sites for product in site.products if FLOAT_BITS not in product.bits]
     return Accounting(
         weight_bytes=sum(packed_bytes(site.weight_bits, site.weights_per_channel) for site in quantized),
-        scale_bytes=sum(SCALE_BYTES * len(site.weight_bits) for site in quantized)
+        scale_bytes=sum(SCALE_BYTES * _weight_scales(site) for site in quantized)
         + sum(site.extra_bytes for site in sites),
-        zero_point_bytes=sum(site.weight_zero_point_bytes * len(site.weight_bits) for site in quantized),
+        zero_point_bytes=sum(site.weight_zero_point_bytes * _weight_scales(site) for site in quantized),
         index_bytes=sum(-(-WIDTH_BITS * len(site.weight_bits) // 8) for site in quantized if _is_mixed(site)),
         activation_bytes=sum(_activation_bytes(site) for site in inputs),
         smoothing_bytes=sum(SMOOTHING_BYTES * site.smoothing_channels for site in sites),
@@ -180,7 +206,8 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
         float_bytes=float_model.without({f"{site.name}.weight" for site in quantized}),
         float_model_bytes=float_model.total_bytes,
         macs=sum(site.macs + site.branch_macs for site in sites),
-        quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS),
+        quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS)
+        + sum(product.macs for product in products),
         bit_operations=sum(_bit_operations(site) for site in sites),
     )
 
@@ -212,13 +239,25 @@ def _is_mixed(site: SiteCost) -> bool:
     return bool((site.weight_bits != site.weight_bits[0]).any())
 
 
+def _weight_scales(site: SiteCost) -> int:
+    return len(site.weight_bits) * site.weight_scales_per_channel
+
+
 def _activation_bytes(site: SiteCost) -> int:
-    entry = SCALE_BYTES + site.activation_zero_point_bytes + (TIMESTEP_BYTES if site.per_timestep else 0)
-    return entry * site.activation_entries
+    if site.products:
+        return site.operand_bytes
+    return table_bytes(site.activation_entries, site.activation_zero_point_bytes, site.per_timestep)
+
+
+def table_bytes(entries: int, zero_point_bytes: int, per_timestep: bool) -> int:
+    """Bytes of the table of an activation: scales, zero points, and timesteps where they depend on them."""
+    return (SCALE_BYTES + zero_point_bytes + (TIMESTEP_BYTES if per_timestep else 0)) * entries
 
 
 def _bit_operations(site: SiteCost) -> int:
     """Every output channel does the same share of the site's multiply-accumulates; a branch comes on top."""
+    if site.products:
+        return sum(product.macs * product.bits[0] * product.bits[1] for product in site.products)
     if not len(site.weight_bits):
         return site.macs * FLOAT_BITS * site.activation_bits
     per_channel = site.macs / len(site.weight_bits)

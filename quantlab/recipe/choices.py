@@ -16,9 +16,11 @@ LISTS: tuple[tuple[Kind, KeyPath], ...] = (
     (Kind.POLICY, ("allocate",)),
     (Kind.TUNER, ("tune", "tuners")),
     (Kind.LOSS, ("tune", "losses")),
+    (Kind.CORRECTION, ("corrections",)),
 )
 """Where a recipe lists plugins."""
 SINGLES: tuple[tuple[Kind, KeyPath], ...] = (
+    (Kind.SAMPLER, ("calibrate", "sampler")),
     (Kind.QUANTIZER, ("weights", "quantizer")),
     (Kind.QUANTIZER, ("activations", "quantizer")),
 )

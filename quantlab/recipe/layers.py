@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Scalar = str | int | float | bool | None
 KeyPath = tuple[str | int, ...]
 
-CHOICES: Collection[KeyPath] = (("weights", "quantizer"), ("activations", "quantizer"))
+CHOICES: Collection[KeyPath] = (("weights", "quantizer"), ("activations", "quantizer"), ("calibrate", "sampler"))
 """Where one plugin is chosen: naming another one there drops the options of the first."""
 
 MAX_DEPTH = 32

@@ -25,9 +25,12 @@ METHOD_KEYS: Collection[KeyPath] = (
     ("allocate",),
     ("weights",),
     ("activations",),
+    ("split_skip",),
     ("inputs_from",),
+    ("calibrate", "sampler"),
     ("tune", "tuners"),
     ("tune", "losses"),
+    ("corrections",),
 )
 """What makes a method: set in a recipe, a profile or by ``--set``, these change its own method, never a baseline."""
 

@@ -8,7 +8,18 @@ from quantlab.contracts.method import Method
 from quantlab.errors import PluginError, RecipeError, nearest
 from quantlab.recipe.layers import read_yaml
 
-FRAGMENT_SECTIONS = ("passes", "allocate", "weights", "activations", "inputs_from", "tune", "budget", "calibrate")
+FRAGMENT_SECTIONS = (
+    "passes",
+    "allocate",
+    "weights",
+    "activations",
+    "split_skip",
+    "inputs_from",
+    "tune",
+    "corrections",
+    "budget",
+    "calibrate",
+)
 """The sections of a recipe that a method may set; the others belong to the experiment."""
 
 

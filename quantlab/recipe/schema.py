@@ -10,6 +10,7 @@ from quantlab.contracts.config import Strict
 from quantlab.contracts.sections import (
     MAX_SEED,
     Activations,
+    Attention,
     Budget,
     Calibrate,
     Choice,
@@ -35,14 +36,17 @@ class Recipe(Strict):
     baselines: tuple[str, ...] = Field(default=(), description="methods that run beside it, as further rows")
     budget: Budget
     keep: tuple[Keep, ...] = ()
+    attention: Attention | None = Field(default=None, description="bits of attention's products; none: they stay float")
     sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()
     passes: tuple[Choice, ...] = ()
     allocate: tuple[Choice, ...] = (Choice(name="uniform"),)
     weights: Weights = Weights()
     activations: Activations = Activations()
+    split_skip: bool = Field(default=False, description="parts of a skip concatenation get quantizers of their own")
     inputs_from: InputsFrom = InputsFrom.TEACHER
     tune: Tune = Tune()
+    corrections: tuple[Choice, ...] = Field(default=(), description="of the sampler, fitted to the finished model")
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 

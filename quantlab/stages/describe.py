@@ -69,8 +69,10 @@ def plan_text(plan: Plan, cost: Accounting) -> str:
     for entry in plan.sites:
         shape = "x".join(map(str, entry.site.weight_shape or ()))
         bits = f"{_bits(entry.weight_bits)}/{_bits(entry.activation_bits)}"
+        bits += "".join(f", {slot} {_bits(own)}" for slot, own in entry.slot_bits.items())
         kept = "" if entry.budgeted else " (kept)"
-        tags = ", ".join(sorted(entry.site.tags))
+        split = [f"split {'+'.join(map(str, entry.split))}"] if entry.split else []
+        tags = ", ".join([*sorted(entry.site.tags), *split])
         lines.append([entry.site.name, str(entry.site.kind), shape, f"{entry.site.macs:,}", bits + kept, tags])
     smaller = cost.float_model_bytes / cost.total_bytes
     size = (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlab.allocation.plan import Plan
 from quantlab.allocation.student import tapped_run
+from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import GenerativeTask, Progress, Run
 from quantlab.contracts.sections import Choice, Evaluate, Sampling
 from quantlab.errors import NonFiniteError
@@ -70,7 +71,14 @@ class Protocol:
         return digest_of(self.fields)
 
 
-def draw(task: GenerativeTask, run: Run, settings: Evaluate, seed: int, progress: Progress) -> Tensor:
+def draw(
+    task: GenerativeTask,
+    run: Run,
+    settings: Evaluate,
+    seed: int,
+    progress: Progress,
+    corrections: Sequence[FittedCorrection] = (),
+) -> Tensor:
     """``settings.samples`` images; an image's noise does not depend on the batch it is drawn in.
 
     Raises:
@@ -81,7 +89,7 @@ def draw(task: GenerativeTask, run: Run, settings: Evaluate, seed: int, progress
     for start in range(0, settings.samples, settings.batch):
         part = slice(start, start + settings.batch)
         seeds = range(seed + STEP_NOISE + start, seed + STEP_NOISE + start + len(noise[part]))
-        images.append(task.sample(run, noise[part], labels[part], seeds))
+        images.append(task.sample(run, noise[part], labels[part], seeds, corrections))
         progress(min(start + settings.batch, settings.samples), settings.samples)
     drawn = torch.cat(images).cpu()
     broken = int((~torch.isfinite(drawn.flatten(1))).any(1).sum())
@@ -150,7 +158,8 @@ def evaluate(
         if quantized is None:
             images = reference_images.images
         else:
-            images = draw(task, quantized.student.run, settings, settings.noise_seed, progress)
+            run, corrections = quantized.student.run, quantized.corrections
+            images = draw(task, run, settings, settings.noise_seed, progress, corrections)
         samples = sample_set(task, images, reference_images.images, reference_images.other)
         metrics = [context.registry.create(Kind.METRIC, choice) for choice in names]
         values = measure(metrics, samples, arm)

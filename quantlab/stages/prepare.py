@@ -11,17 +11,18 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from quantlab.allocation.plan import Plan, make_plan
+from quantlab.allocation.plan import Plan, SitePlan, make_plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import CalibrationSet, Progress, Task
-from quantlab.contracts.sections import Budget, Calibrate, Keep, Sampling
+from quantlab.contracts.sections import Calibrate, Sampling
 from quantlab.contracts.site import Site
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
 from quantlab.graph.verify import capture_verified
 from quantlab.matching import match_sites
+from quantlab.recipe.schema import Recipe
 from quantlab.stages.context import RunContext, as_json, version_of
 from quantlab.store import JSON, StageFolder, digest_of
 
@@ -68,15 +69,11 @@ def capture(context: RunContext, task: Task) -> Captured:
 
     stage = context.stage("capture", "Capture the graph", key, compute, link="capture")
     graph = from_json(stage.file("graph.json").read_text())
+    # What is known of the sites follows from the graph; sites.json of a stored stage may be older than what this knows.
     context.console.detail(f"captured by {graph.method}, {len(graph.guards)} conditions on sizes")
     for note in graph.notes:
         context.console.info(f"capture: {note}")
-    return Captured(task, graph, sites_from_json(stage.file("sites.json").read_bytes()), stage)
-
-
-def sites_from_json(content: bytes) -> tuple[Site, ...]:
-    """Sites as the capture stage wrote them."""
-    return _SITES.validate_json(content)
+    return Captured(task, graph, find_sites(task.network, graph), stage)
 
 
 def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
@@ -85,11 +82,11 @@ def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
     return graph, find_sites(task.network, graph)
 
 
-def plan(sites: Sequence[Site], keep: Sequence[Keep], budget: Budget, origin: Mapping[str, str]) -> Plan:
+def plan(sites: Sequence[Site], recipe: Recipe, origin: Mapping[str, str]) -> Plan:
     """Nominal bits of every site; raises RecipeError for a pattern that matches nothing."""
-    rules = match_sites(keep, [site.name for site in sites], origin=origin)
+    rules = match_sites(recipe.keep, [site.name for site in sites], origin=origin)
     bits = {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
-    return make_plan(sites, bits, budget)
+    return make_plan(sites, bits, recipe.budget, split_skip=recipe.split_skip, attention=recipe.attention)
 
 
 @dataclass(frozen=True)
@@ -128,10 +125,22 @@ def calibrate(
 
 
 def plan_digest(plan: Plan) -> str:
-    """Hash of the nominal bits, for the key of assignment."""
-    return digest_of({e.site.name: [e.weight_bits, e.activation_bits, e.budgeted] for e in plan.sites})
+    """Hash of the nominal bits and of what is split, for the key of assignment."""
+
+    def intent(entry: SitePlan) -> list[JSON]:
+        split: list[JSON] = [list(entry.split)] if entry.split else []
+        slots: list[JSON] = [dict(entry.slot_bits)] if entry.slot_bits else []
+        return [entry.weight_bits, entry.activation_bits, entry.budgeted, *split, *slots]
+
+    return digest_of({entry.site.name: intent(entry) for entry in plan.sites})
 
 
 def layer_set_digest(plan: Plan) -> str:
     """Hash of which sites the budget is about and of the bits of all others, for the protocol id."""
-    return digest_of({e.site.name: "budget" if e.budgeted else e.weight_bits for e in plan.sites})
+
+    def kept(entry: SitePlan) -> JSON:
+        if entry.weight_bits == entry.activation_bits:
+            return entry.weight_bits
+        return [entry.weight_bits, entry.activation_bits, dict(entry.slot_bits)]
+
+    return digest_of({entry.site.name: "budget" if entry.budgeted else kept(entry) for entry in plan.sites})

@@ -24,8 +24,10 @@ from quantlab.allocation.student import (
     restore,
     tapped_run,
 )
+from quantlab.calibration.choose import choose_pairs
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.sections import Choice, Tune, Weights
 from quantlab.contracts.tuning import Checkpoint, TappedRun, TuneJob, Tuner
@@ -53,6 +55,7 @@ class Quantized:
         batch: what its bits and scales were found on.
         stage: the last stage.
         stages: all of them from assignment on.
+        corrections: of the sampler, once they are fitted.
     """
 
     student: Student
@@ -60,6 +63,7 @@ class Quantized:
     batch: CalibrationBatch
     stage: StageFolder
     stages: tuple[StageFolder, ...]
+    corrections: tuple[FittedCorrection, ...] = ()
 
 
 def choices_of(recipe: Recipe, registry: Registry) -> QuantizerChoices:
@@ -71,6 +75,20 @@ def choices_of(recipe: Recipe, registry: Registry) -> QuantizerChoices:
     return QuantizerChoices(choose(recipe.weights), choose(recipe.activations))
 
 
+def chosen_batch(captured: Captured, calibrated: Calibrated, recipe: Recipe, registry: Registry) -> CalibrationBatch:
+    """The recorded inputs that ranges and scores are found on, as the recipe's sampler chooses them."""
+    task, data, settings, pairs = captured.task, calibrated.data, recipe.calibrate, None
+    if settings.sampler is not None:
+        sampler = registry.create(Kind.SAMPLER, settings.sampler)
+        rng = torch.Generator().manual_seed(recipe.seed)
+
+        def tap(path: str) -> TappedRun:
+            return tapped_run(task.network, captured.graph, (path,))
+
+        pairs = choose_pairs(sampler, task, data, settings.samples, tap, rng)
+    return calibration_batch(task, data, settings.samples, pairs)
+
+
 def assign_bits(
     context: RunContext, captured: Captured, calibrated: Calibrated, plan: Plan, recipe: Recipe, arm: str
 ) -> Quantized:
@@ -78,6 +96,7 @@ def assign_bits(
     registry = context.registry
     plugins = [(Kind.PASS, choice) for choice in recipe.passes] + [(Kind.POLICY, choice) for choice in recipe.allocate]
     plugins += [(Kind.QUANTIZER, recipe.weights.quantizer), (Kind.QUANTIZER, recipe.activations.quantizer)]
+    plugins += [(Kind.SAMPLER, recipe.calibrate.sampler)] if recipe.calibrate.sampler else []
     key: dict[str, JSON] = {
         "version": ASSIGN_VERSION,
         "calibrate": calibrated.stage.digest,
@@ -92,14 +111,18 @@ def assign_bits(
         "seed": recipe.seed,
         "plugins": context.versions(*plugins),
     }
+    if recipe.calibrate.sampler is not None:
+        key["sampler"] = as_json(recipe.calibrate.sampler)
     choices = choices_of(recipe, registry)
-    batch = calibration_batch(captured.task, calibrated.data, recipe.calibrate.samples)
+    batch = chosen_batch(captured, calibrated, recipe, registry)
     static = [site.name for site in plan.budgeted if not site.has_samples_first]
     if static and recipe.activations.per_timestep:
         context.console.warn(
             f"{arm}: {len(static)} sites get one activation scale for all timesteps, "
             f"since dimension 0 of their input is not the batch: {', '.join(static)}"
         )
+    if recipe.split_skip and not any(entry.split for entry in plan.sites):
+        context.console.warn(f"{arm}: no site under the budget is fed by a skip concatenation, so nothing is split")
 
     def compute(folder: Path, progress: Progress) -> None:
         method = AssignMethod(
@@ -220,17 +243,24 @@ def finalize(context: RunContext, tuned: Quantized, arm: str) -> Quantized:
     key: dict[str, JSON] = {"version": FINALIZE_VERSION, "from": tuned.stage.digest}
 
     def compute(folder: Path, progress: Progress) -> None:
-        changed = finalize_layers(tuned.student.layers())
+        changed = _finalized(tuned.student)
         (folder / "rounding.json").write_text(json.dumps(changed))
         (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(tuned.bit_map)))
         save_state(tuned.student, folder / "final.safetensors")
 
     stage = context.stage("finalize", f"{arm}: finalize", key, compute, link=f"{arm}/finalize")
     if stage.reused:
-        finalize_layers(tuned.student.layers())
+        _finalized(tuned.student)
     for layer in tuned.student.layers().values():
         layer.freeze()
     return Quantized(tuned.student, tuned.bit_map, tuned.batch, stage, (*tuned.stages, stage))
+
+
+def _finalized(student: Student) -> dict[str, float]:
+    """Finalize layers and attentions in place; returns what it changed, by layer."""
+    for attention in student.attentions().values():
+        attention.round_parameters()
+    return finalize_layers(student.layers())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from toys import silent
 
 from quantlab.api import load_quantized, quantize
 from quantlab.api import sample as sample_run
@@ -19,6 +21,7 @@ from quantlab.errors import ArtefactError, ModelError, QuantlabError, RecipeErro
 from quantlab.recipe.load import load_recipe
 from quantlab.report.console import make_console
 from quantlab.run import RunOptions, run
+from quantlab.stages.evaluate import draw
 
 RECIPE = "digits/mpq-dm-w2a4"
 
@@ -221,3 +224,27 @@ def test_per_timestep_needs_a_timestep() -> None:
 def test_a_single_layer_says_what_to_do() -> None:
     with pytest.raises(ModelError, match="Sequential"):
         quantize(torch.nn.Linear(3, 4), [torch.randn(8, 3)])
+
+
+def test_a_correction_is_stored_counted_and_applied_again(finished, tmp_path) -> None:
+    root, _ = finished
+    settings = ("method=ptqd", "baselines=[mse]", "evaluate.metrics=[paired-error]", "sampling.eta=1.0")
+    result = go(root, *settings)
+    _, plain, corrected = result.rows
+    assert corrected.allocation == plain.allocation and corrected.metrics != plain.metrics
+    assert corrected.size_bytes - plain.size_bytes == 4 * (4 + 1 * 4 + 4) + 2 * 4, "slope, bias, deviation, timesteps"
+    loaded = load_quantized(result.folder)
+    assert len(loaded.corrections) == 1 and load_quantized(result.folder, "mse").corrections == ()
+    recipe = load_recipe(RECIPE, settings, profile="smoke").recipe
+    images = draw(
+        loaded.task, loaded.student.run, recipe.evaluate, recipe.evaluate.noise_seed, silent, loaded.corrections
+    )
+    stored = load_file(result.folder / "ptqd" / "evaluate" / "images.safetensors")["images"]
+    assert torch.equal(images, stored)
+    assert "3 images of ptqd" in sample_run(result.folder, 3, 0, tmp_path / "s.png", "cpu")
+
+
+def test_a_module_in_memory_has_no_sampler_to_correct() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3)).eval()
+    with pytest.raises(RecipeError, match="cannot be corrected"):
+        quantize(module, [torch.randn(4, 3)], "ptqd")
