@@ -43,6 +43,8 @@ class Site:
         tags: roles found from the graph: "first", "last", "time_embed", "skip", "attention.query", ...
         block: path of the block that holds the site ("up_blocks.2"), or the site's own name outside any block.
         groups: groups of a convolution.
+        shares: sites with the same word here must have one format, so a policy that decides by the site gives them
+            equal bits; "" for a site of its own.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Site:
     tags: frozenset[str] = frozenset()
     block: str = ""
     groups: int = 1
+    shares: str = ""
 
     @property
     def out_channels(self) -> int:

@@ -74,6 +74,7 @@ class SiteCost:
         activation_zero_point_bytes: of one zero point of the input.
         smoothing_channels: input channels with a smoothing scale, 0 for none.
         adapter_bytes: of an adapter that is not merged.
+        input_elements: of all inputs of one forward at batch 1.
     """
 
     name: str
@@ -87,6 +88,7 @@ class SiteCost:
     activation_zero_point_bytes: int = 1
     smoothing_channels: int = 0
     adapter_bytes: int = 0
+    input_elements: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Accounting:
         macs: multiply-accumulates of all sites.
         quantized_macs: those with a quantized weight and a quantized input.
         bit_operations: of all sites.
+        activation_memory_bytes: of the inputs of all quantized sites at batch 1, each at its own bits and rounded up to
+            whole bytes; an input that several sites read counts for each, since each quantizes it for itself.
     """
 
     weight_bytes: int
@@ -120,6 +124,7 @@ class Accounting:
     macs: int
     quantized_macs: int
     bit_operations: int
+    activation_memory_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -154,7 +159,7 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
         weight_bytes=sum(packed_bytes(site.weight_bits, site.weights_per_channel) for site in quantized),
         scale_bytes=sum(SCALE_BYTES * len(site.weight_bits) for site in quantized),
         zero_point_bytes=sum(site.weight_zero_point_bytes * len(site.weight_bits) for site in quantized),
-        index_bytes=sum(-(-WIDTH_BITS * len(site.weight_bits) // 8) for site in quantized if _is_mixed(site)),
+        index_bytes=sum(index_bytes(len(site.weight_bits)) for site in quantized if _is_mixed(site)),
         activation_bytes=sum(_activation_bytes(site) for site in inputs),
         smoothing_bytes=sum(SMOOTHING_BYTES * site.smoothing_channels for site in sites),
         adapter_bytes=sum(site.adapter_bytes for site in sites),
@@ -163,6 +168,7 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
         macs=sum(site.macs for site in sites),
         quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS),
         bit_operations=sum(_bit_operations(site) for site in sites),
+        activation_memory_bytes=sum(-(-site.input_elements * site.activation_bits // 8) for site in inputs),
     )
 
 
@@ -182,6 +188,11 @@ def packed_bytes(bits: Tensor, weights_per_channel: int) -> int:
     widths, counts = torch.unique(bits.to(torch.int64), return_counts=True)
     pairs = zip(widths.tolist(), counts.tolist(), strict=True)
     return sum(-(-width * count * weights_per_channel // 8) for width, count in pairs)
+
+
+def index_bytes(channels: int) -> int:
+    """Bytes of the widths of a mixed site's channels."""
+    return -(-WIDTH_BITS * channels // 8)
 
 
 def is_quantized(site: SiteCost) -> bool:

@@ -71,7 +71,7 @@ def capture(context: RunContext, task: Task) -> Captured:
     context.console.detail(f"captured by {graph.method}, {len(graph.guards)} conditions on sizes")
     for note in graph.notes:
         context.console.info(f"capture: {note}")
-    return Captured(task, graph, sites_from_json(stage.file("sites.json").read_bytes()), stage)
+    return Captured(task, graph, find_sites(task.network, graph), stage)
 
 
 def sites_from_json(content: bytes) -> tuple[Site, ...]:
