@@ -52,7 +52,7 @@ class EnergyConfig(Strict):
     )
     output: OutputFamily = Field(default=OutputFamily.GAUSSIAN, description="of the sensitivity")
     rows: int = Field(default=64, ge=1, description="of the calibration batch, for the sensitivity")
-    probes: int = Field(default=8, ge=1, description="of the sensitivity")
+    probes: int = Field(default=4, ge=1, description="of the sensitivity")
 
 
 class EnergyPolicy(BitPolicy):

@@ -50,7 +50,7 @@ class ScoreConfig(WidthsConfig):
         default=OutputFamily.GAUSSIAN, description="what the network's output is, for divergences and derivatives"
     )
     rows: int = Field(default=64, ge=1, description="rows of the calibration batch on which the network runs")
-    probes: int = Field(default=8, ge=1, description="random vectors of a Hessian's trace")
+    probes: int = Field(default=4, ge=1, description="random vectors of a Hessian's trace")
 
     def request(self, widths: Sequence[int], operand: Operand = Operand.WEIGHT) -> ScoreRequest:
         """The score at these widths."""

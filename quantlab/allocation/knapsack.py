@@ -12,6 +12,9 @@ from scipy.sparse import csr_array, vstack
 from quantlab.errors import QuantlabError
 
 Array = np.ndarray
+RELATIVE_GAP = 1e-6
+"""How far, relative to the loss above the unconstrained one, the integer program may stop from the optimum."""
+_OBJECTIVE_UNIT = 1e3
 _TIGHTENINGS = 8
 
 
@@ -45,13 +48,19 @@ class Knapsack:
 def solve_milp(problem: Knapsack) -> Array | None:
     """The choice [items] with the least summed score, or None when none fits.
 
-    A multiple-choice knapsack as an integer program (HiGHS, no gap): x[i, j] in {0, 1}, one option an item. Items that
-    are alike in scores and costs are interchangeable; the earlier ones get the options of lower score.
+    A multiple-choice knapsack as an integer program (HiGHS): x[i, j] in {0, 1}, one option an item. Items that are alike
+    in scores and costs are interchangeable; the earlier ones get the options of lower score.
     """
     items, options = problem.scores.shape
-    # Score units are arbitrary, and the solver's tolerances are absolute.
-    spread = np.ptp(problem.scores, axis=1).max()
-    objective = (problem.scores - problem.scores.min(1, keepdims=True)) / (spread or 1.0)
+    greedy = solve_greedy(problem)
+    if greedy is None:
+        return None
+    # Score units are arbitrary, and the solver's tolerances are absolute: what marginal analysis loses is the unit. An
+    # option that alone loses more than all of that is in no optimum.
+    above = problem.scores - problem.scores.min(1, keepdims=True)
+    known = above[np.arange(items), greedy].sum()
+    objective = np.minimum(above / known if known > 0 else above, 2.0) * _OBJECTIVE_UNIT
+    possible = above <= known
     rows = np.repeat(np.arange(items), options)
     one_each = csr_array((np.ones(items * options), (rows, np.arange(items * options))))
     units = np.array([math.gcd(*map(int, np.unique(costs))) or 1 for costs in problem.costs])
@@ -61,13 +70,13 @@ def solve_milp(problem: Knapsack) -> Array | None:
         result = milp(
             objective.ravel(),
             integrality=np.ones(items * options),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, possible.ravel().astype(np.float64)),  # pyright: ignore[reportArgumentType]
             constraints=LinearConstraint(
                 vstack([one_each, csr_array(costs)]).tocsr(),
                 np.concatenate([np.ones(items), np.full(len(units), -np.inf)]),  # pyright: ignore[reportArgumentType]
                 np.concatenate([np.ones(items), limits]),  # pyright: ignore[reportArgumentType]
             ),
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": RELATIVE_GAP},
         )
         if result.status == 2:
             return None
@@ -128,7 +137,9 @@ def solve_greedy(problem: Knapsack) -> Array | None:
     shares = np.maximum(shares, np.finfo(np.float64).tiny)
     positions = np.concatenate([np.zeros((items, 1)), np.cumsum(np.minimum(shares, 1e300), 1)], 1)
     saved = -np.diff(lower_hull(positions, problem.scores), axis=1)
-    order = np.argsort(-(saved / shares).ravel(), kind="stable")
+    # Rounding must not put a step of an item before the one it builds on.
+    ratios = np.minimum.accumulate(saved / shares, axis=1)
+    order = np.argsort(-ratios.ravel(), kind="stable")
     bought = steps.reshape(len(left), -1)[:, order]
     affordable = (np.cumsum(bought, 1) <= left[:, None]).all(0)
     whole = len(order) if affordable.all() else int(np.argmin(affordable))

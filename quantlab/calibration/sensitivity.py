@@ -76,22 +76,22 @@ def fisher_diagonal(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> l
 def hessian_traces(loss: Tensor, parameters: Sequence[Tensor], probes: int, rng: torch.Generator) -> Tensor:
     """Trace of the Hessian's diagonal block of each parameter, float64 [len(parameters)] (Hutchinson's estimator).
 
-    E[v^T H v] = trace(H) for v of independent signs. One vector covers all parameters: the blocks between two of them
-    have mean 0 and add to the variance only. HAWQ-V2 (arXiv 1911.03852, section 3.1) uses the same estimator.
+    E[v^T H v] = trace(H) for v of independent signs (HAWQ-V2, arXiv 1911.03852, section 3.1). A vector covers one
+    parameter at a time: the blocks between two of them have mean 0, but drown the trace of a small one.
 
     Args:
         loss: 0-dim, twice differentiable.
         parameters: what it depends on.
-        probes: vectors to average over.
+        probes: vectors to average over, for each parameter.
         rng: the signs are drawn from it.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     traces = torch.zeros(len(parameters), dtype=torch.float64)
-    for _ in range(probes):
-        signs = [_signs(parameter, rng) for parameter in parameters]
-        product = sum((g * v).sum() for g, v in zip(gradients, signs, strict=True))
-        curved = torch.autograd.grad(product, parameters, retain_graph=True)  # type: ignore[arg-type]
-        traces += torch.tensor([(v * c).double().sum().item() for v, c in zip(signs, curved, strict=True)])
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        for _ in range(probes):
+            signs = _signs(parameter, rng)
+            (product,) = torch.autograd.grad((gradient * signs).sum(), parameter, retain_graph=True)
+            traces[index] += (signs * product).double().sum().item()
     return traces / probes
 
 

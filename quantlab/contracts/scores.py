@@ -61,7 +61,7 @@ class ScoreRequest:
         operand: the tensor that is quantized.
         output: what the network's output means, for divergences and their derivatives.
         rows: rows of the calibration batch, spread evenly, on which the network runs for it.
-        probes: Rademacher vectors of the Hessian's trace, each drawn for all sites at once.
+        probes: Rademacher vectors of the Hessian's trace, for each site.
     """
 
     score: Score
@@ -69,4 +69,4 @@ class ScoreRequest:
     operand: Operand = Operand.WEIGHT
     output: OutputFamily = OutputFamily.GAUSSIAN
     rows: int = 64
-    probes: int = 8
+    probes: int = 4
