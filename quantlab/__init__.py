@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
-    from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
+    from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, Resource, SiteData
     from quantlab.contracts.config import Strict
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.scores import Operand, OutputFamily, Score, ScoreRequest
     from quantlab.contracts.sections import Budget
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import (
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "api": "LoadedRun QuantizedModule load_quantized quantize",
     "bench": "run_bench=bench",
-    "contracts.allocation": "FLOAT_BITS AllocationProblem BitMap BitPolicy SiteData",
+    "contracts.allocation": "FLOAT_BITS AllocationProblem BitMap BitPolicy Resource SiteData",
     "contracts.config": "Strict",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
@@ -63,6 +64,7 @@ _NAMES = {
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
+    "contracts.scores": "Operand OutputFamily Score ScoreRequest",
     "contracts.sections": "Budget",
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "OUTPUT AdapterSpec Checkpoint ConvAdapter Loss StepContext TuneJob Tuner TuneResult",
@@ -101,6 +103,8 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "Observer",
+    "Operand",
+    "OutputFamily",
     "PerChannel",
     "PerTensor",
     "PluginError",
@@ -112,8 +116,11 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Registry",
+    "Resource",
     "RunOptions",
     "RunResult",
+    "Score",
+    "ScoreRequest",
     "Site",
     "SiteData",
     "SiteKind",

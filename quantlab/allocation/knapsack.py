@@ -48,8 +48,8 @@ class Knapsack:
 def solve_milp(problem: Knapsack) -> Array | None:
     """The choice [items] with the least summed score, or None when none fits.
 
-    A multiple-choice knapsack as an integer program (HiGHS): x[i, j] in {0, 1}, one option an item. Items that are alike
-    in scores and costs are interchangeable; the earlier ones get the options of lower score.
+    A multiple-choice knapsack as an integer program (HiGHS): x[i, j] in {0, 1}, one option an item. Items that are
+    alike in scores and costs are interchangeable; the earlier ones get the options of lower score.
     """
     items, options = problem.scores.shape
     greedy = solve_greedy(problem)

@@ -17,6 +17,7 @@ from quantlab.contracts.quant import Observer
 from quantlab.contracts.scores import Score, ScoreRequest
 from quantlab.contracts.sections import Budget
 from quantlab.contracts.site import Site, SiteKind, Slot
+from quantlab.quant.functional import fake_quantize, search_scale
 
 
 def weight_of(seed: int, channels: int, inputs: int) -> Tensor:
@@ -150,3 +151,45 @@ def test_bit_operations_are_kept_among_layers() -> None:
 def test_only_the_scope_of_the_network_needs_all_sites() -> None:
     assert not EnergyPolicy(EnergyConfig()).between_sites()
     assert EnergyPolicy(EnergyConfig(scope=Scope.NETWORK)).between_sites()
+
+
+def relative_errors(tail: str, widths: range) -> dict[int, float]:
+    """Mean squared error of 400 rows of 576 weights over their energy, with the scales that quantizers use."""
+    rng = torch.Generator().manual_seed(0)
+    shape = (400, 576)
+    uniform = torch.rand(shape, generator=rng) * 2 - 1
+    gauss = torch.randn(shape, generator=rng)
+    rows = {
+        "uniform": uniform,
+        "gauss": gauss,
+        "laplace": uniform.sign() * -torch.log1p(-uniform.abs()),
+        "t3": gauss / (torch.randn(3, *shape, generator=rng).square().mean(0)).sqrt(),
+    }[tail]
+    errors = {}
+    for width in widths:
+        scale, zero = search_scale(rows, torch.full((len(rows),), width), Observer.MSE)
+        noise = fake_quantize(rows, scale[:, None], zero[:, None], 2**width - 1) - rows
+        errors[width] = (noise.square().sum(1) / rows.square().sum(1)).mean().item()
+    return errors
+
+
+def exchange_ratio(heavy: str, light: str, bits: int) -> float:
+    """What a bit more on a heavy channel saves over what a bit less on a light one of equal energy loses."""
+    widths = range(bits - 1, bits + 2)
+    more, less = relative_errors(heavy, widths), relative_errors(light, widths)
+    return (more[bits] - more[bits + 1]) / (less[bits - 1] - less[bits])
+
+
+@pytest.mark.parametrize("light", ["uniform", "gauss"])
+@pytest.mark.parametrize("heavy", ["laplace", "t3"])
+def test_tails_alone_do_not_pay_at_two_bits(heavy: str, light: str) -> None:
+    assert exchange_ratio(heavy, light, 2) < 0.5
+
+
+def test_tails_alone_pay_at_four_bits() -> None:
+    assert exchange_ratio("t3", "gauss", 4) > 1 and exchange_ratio("t3", "uniform", 4) > 2
+
+
+def test_energy_pays_from_the_inverse_of_the_ratio_on() -> None:
+    """At equal shapes the ratio of energies decides: between 3 and 5 for Gaussian channels."""
+    assert all(1 / 5 < exchange_ratio("gauss", "gauss", bits) < 1 / 3 for bits in (2, 3, 4))
