@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from quantlab.bench import bench as run_bench
     from quantlab.calibration.choose import draw_pairs
     from quantlab.calibration.collect import calibration_batch
-    from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, SiteData
+    from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, Resource, SiteData
     from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
     from quantlab.contracts.config import Strict
     from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quantlab.contracts.quantizer import Quantizer
     from quantlab.contracts.sampler import CalibrationPairs, CalibrationSampler, SamplerProblem
     from quantlab.contracts.schedule import LossConfig, Schedule
+    from quantlab.contracts.scores import Operand, OutputFamily, Score, ScoreRequest
     from quantlab.contracts.sections import Budget, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import (
@@ -70,7 +71,7 @@ _NAMES = {
     "bench": "run_bench=bench",
     "calibration.choose": "draw_pairs",
     "calibration.collect": "calibration_batch",
-    "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS SiteData",
+    "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS Resource SiteData",
     "contracts.block": "Block Grouping Partition TEMPORAL",
     "contracts.config": "Strict",
     "contracts.correction": "Correction CorrectionData CorrectionStep",
@@ -82,6 +83,7 @@ _NAMES = {
     "contracts.quantizer": "Quantizer",
     "contracts.sampler": "CalibrationPairs CalibrationSampler SamplerProblem",
     "contracts.schedule": "LossConfig Schedule",
+    "contracts.scores": "Operand OutputFamily Score ScoreRequest",
     "contracts.sections": "Budget Tune",
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
@@ -138,6 +140,8 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "Observer",
+    "Operand",
+    "OutputFamily",
     "Partition",
     "PerChannel",
     "PerTensor",
@@ -152,10 +156,13 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Registry",
+    "Resource",
     "RunOptions",
     "RunResult",
     "SamplerProblem",
     "Schedule",
+    "Score",
+    "ScoreRequest",
     "Site",
     "SiteData",
     "SiteKind",

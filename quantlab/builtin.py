@@ -32,11 +32,15 @@ def quantlab_passes() -> list[type]:
 
 @hookimpl
 def quantlab_bit_policies() -> list[type[BitPolicy]]:
-    """The same bits everywhere, and bits by hand."""
+    """The same bits everywhere, bits by hand, by chance, by sensitivity and by the energy of channels."""
+    from quantlab.allocation.energy import EnergyPolicy
+    from quantlab.allocation.greedy import GreedyPolicy
     from quantlab.allocation.manual import ManualPolicy
+    from quantlab.allocation.milp import MilpPolicy
+    from quantlab.allocation.random_bits import RandomPolicy
     from quantlab.allocation.uniform import UniformPolicy
 
-    return [UniformPolicy, ManualPolicy]
+    return [UniformPolicy, ManualPolicy, RandomPolicy, GreedyPolicy, MilpPolicy, EnergyPolicy]
 
 
 @hookimpl

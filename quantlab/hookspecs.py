@@ -87,6 +87,10 @@ def quantlab_bit_policies() -> Iterable[type[BitPolicy]]:  # type: ignore[empty-
     The engine builds the class with its Config and calls ``allocate(problem)`` once. It gets an ``AllocationProblem``
     and returns a ``BitMap`` within the budget, unchanged for sites it was not asked about, and the same again under the
     same generator. A policy never changes a module or a graph.
+
+    A policy that weighs sites against one another says so in ``between_sites``, lists the scores it needs in ``scores``
+    and reads them from ``problem.data.score``; it keeps ``problem.limits`` besides the mean bits, and gives sites with
+    one word in ``shares`` equal bits.
     """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import Plan, mean_weight_bits
 from quantlab.contracts.model import GenerativeTask
+from quantlab.contracts.site import Site
 from quantlab.errors import RecipeError
 from quantlab.plugins import Kind, Registry
 from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
@@ -78,6 +79,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     folder.write_json("plan.json", describe.plan_json(plan, cost))
     coverage = describe.coverage_text(plan, cost)
     console.info(coverage)
+    check_budgets(loaded, captured.sites, float_model)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     reference = evaluate.reference(context, task, captured, recipe.sampling, recipe.evaluate)
     protocol = evaluate.protocol(context, task, recipe.sampling, recipe.evaluate, plan)
@@ -86,8 +88,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     other = evaluate.other_noise(context, task, reference, recipe.evaluate)
     rows = [float_row(recipe, measured, float_model, protocol, other)]
     images = [(FULL_PRECISION, measured.images)]
-    baselines = [name for name in dict.fromkeys(recipe.baselines) if name != recipe.method]
-    for method in (*baselines, recipe.method):
+    for method in methods_of(recipe):
         arm = for_method(loaded, method)
         plan = prepare.plan(captured.sites, arm, loaded.origin)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
@@ -101,6 +102,19 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     describe.finish(context, loaded, rows, images, coverage)
     text = f"{markdown(rows)}\n\nsimulated in float; speed is not measured\n{coverage}\nrun folder: {folder.path}"
     return RunResult(folder.path, tuple(rows), text)
+
+
+def methods_of(recipe: Recipe) -> list[str]:
+    """The baselines, each once, and last the recipe's own method."""
+    return [*(name for name in dict.fromkeys(recipe.baselines) if name != recipe.method), recipe.method]
+
+
+def check_budgets(loaded: LoadedRecipe, sites: Sequence[Site], float_model: FloatModel) -> None:
+    """Raise RecipeError for a method whose budget cannot be kept, before anything is measured."""
+    for method in methods_of(loaded.recipe):
+        arm = for_method(loaded, method)
+        plan = prepare.plan(sites, arm, loaded.origin)
+        quantize.check_budget(plan, arm, loaded.registry, float_model, method)
 
 
 def cell_digest(loaded: LoadedRecipe) -> str:
@@ -156,6 +170,7 @@ def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> 
     plan = prepare.plan(sites, recipe, loaded.origin)
     float_model = FloatModel.of(task.network)
     cost = dry_cost(recipe, plan, float_model)
+    check_budgets(loaded, sites, float_model)
     return describe.plan_text(plan, cost)
 
 

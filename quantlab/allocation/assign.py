@@ -15,6 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from quantlab.allocation.budgets import open_limits, require_within
+from quantlab.allocation.cost import student_cost
 from quantlab.allocation.plan import SitePlan, mean_weight_bits
 from quantlab.allocation.student import (
     QuantizedLayer,
@@ -25,10 +27,11 @@ from quantlab.allocation.student import (
 )
 from quantlab.calibration.collect import collect_inputs, collect_operands, watch_inputs
 from quantlab.calibration.stats import SiteRecord, TensorSiteData
-from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy
+from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy, Resource
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.passes import SmoothingPass
 from quantlab.contracts.quantizer import Quantizer
+from quantlab.contracts.scores import ScoreRequest
 from quantlab.contracts.sections import InputsFrom
 from quantlab.errors import PluginError, QuantlabError
 from quantlab.graph.passes.smooth import smooth
@@ -51,23 +54,31 @@ class AssignMethod:
     inputs_from: InputsFrom
 
 
+Scores = Mapping[ScoreRequest, Mapping[str, Tensor]]
+"""Scores that policies declared: request -> site -> [len(widths)]."""
+
+
 def assign(
-    student: Student, method: AssignMethod, batch: CalibrationBatch, rng: torch.Generator, progress: Progress
+    student: Student,
+    method: AssignMethod,
+    batch: CalibrationBatch,
+    rng: torch.Generator,
+    progress: Progress,
+    scores: Scores | None = None,
 ) -> BitMap:
     """Give every planned site its bits and scales, in place; returns the bits.
 
     Raises:
         QuantlabError: a site was not reached, or the policies missed the budget.
     """
-    assigner = _Assigner(student, method, batch.timestep, rng)
+    assigner = _Assigner(student, method, batch.timestep, rng, scores or {}, _limits(student, method, batch.timestep))
     names = [entry.site.name for entry in student.plan.layers]
     bit_map = student.plan.nominal()
     with torch.no_grad():
         match method.inputs_from:
             case InputsFrom.TEACHER:
-                inputs = collect_inputs(student.network, names, lambda: student.run(batch.inputs))
                 attended = collect_operands(student.attentions(), lambda: student.run(batch.inputs))
-                records = {name: assigner.smoothed(entry, inputs[name]) for name, entry in assigner.entries.items()}
+                records = smoothed_records(student, method, batch)
                 bit_map = assigner.allocate(bit_map, records)
                 for done, (name, record) in enumerate(records.items(), 1):
                     assigner.quantize(assigner.entries[name], record, bit_map)
@@ -79,7 +90,7 @@ def assign(
                     nonlocal bit_map
                     if name in assigned:
                         return
-                    record = assigner.smoothed(assigner.entries[name], (x,))
+                    record = _smoothed(student, method, assigner.entries[name], (x,))
                     bit_map = assigner.allocate(bit_map, {name: record})
                     assigner.quantize(assigner.entries[name], record, bit_map)
                     assigned[name] = bit_map
@@ -93,6 +104,48 @@ def assign(
     return bit_map
 
 
+def smoothed_records(student: Student, method: AssignMethod, batch: CalibrationBatch) -> dict[str, SiteRecord]:
+    """The tensors of every quantized site in the float network, smoothed in place as the method says."""
+    entries = {entry.site.name: entry for entry in student.plan.layers}
+    with torch.no_grad():
+        inputs = collect_inputs(student.network, list(entries), lambda: student.run(batch.inputs))
+        return {name: _smoothed(student, method, entry, inputs[name]) for name, entry in entries.items()}
+
+
+def _smoothed(student: Student, method: AssignMethod, entry: SitePlan, inputs: tuple[Tensor, ...]) -> SiteRecord:
+    """Measure a site and set its smoothing scales; only sites under the budget are smoothed."""
+    layer = student.layer(entry.site.name)
+    record = SiteRecord.of_layer(layer, inputs)
+    if not entry.budgeted:
+        return record
+    for smoothing in method.smoothing:
+        scales = smoothing.scales(record.weight_absmax(), record.input_absmax())
+        if not (torch.isfinite(scales).all() and (scales > 0).all()):
+            raise PluginError(
+                "smoothing scales must be positive and finite",
+                where=f'pass "{smoothing.name}", site {entry.site.name}',
+            )
+        before = record.smoothing
+        record = replace(record, smoothing=scales if before is None else before * scales)
+    if record.smoothing is not None:
+        smooth(student.network, {entry.site.name: record.smoothing})
+    return record
+
+
+def _limits(student: Student, method: AssignMethod, timestep: Tensor | None) -> dict[Resource, float]:
+    """What the bits of the sites under the budget may cost, of the resources that the budget limits."""
+    activations = method.choices.activations.settings
+    per_timestep = timestep is not None and getattr(activations, "per_timestep", False)
+    return open_limits(
+        student.plan,
+        student.float_model,
+        timesteps=len(timestep.unique()) if timestep is not None and per_timestep else 1,
+        smoothed=bool(method.smoothing),
+        rounded=method.choices.weights.settings.round_zero_point and activations.round_zero_point,
+        mixed=any(policy.mixes for policy in method.policies),
+    )
+
+
 @dataclass(frozen=True)
 class _Assigner:
     """The per-site steps."""
@@ -101,38 +154,21 @@ class _Assigner:
     method: AssignMethod
     timestep: Tensor | None
     rng: torch.Generator
+    scores: Scores
+    limits: Mapping[Resource, float]
 
     @property
     def entries(self) -> dict[str, SitePlan]:
         return {entry.site.name: entry for entry in self.student.plan.layers}
-
-    def smoothed(self, entry: SitePlan, inputs: tuple[Tensor, ...]) -> SiteRecord:
-        """Measure a site and set its smoothing scales; only sites under the budget are smoothed."""
-        layer = self.student.layer(entry.site.name)
-        record = SiteRecord.of_layer(layer, inputs)
-        if not entry.budgeted:
-            return record
-        for smoothing in self.method.smoothing:
-            scales = smoothing.scales(record.weight_absmax(), record.input_absmax())
-            if not (torch.isfinite(scales).all() and (scales > 0).all()):
-                raise PluginError(
-                    "smoothing scales must be positive and finite",
-                    where=f'pass "{smoothing.name}", site {entry.site.name}',
-                )
-            before = record.smoothing
-            record = replace(record, smoothing=scales if before is None else before * scales)
-        if record.smoothing is not None:
-            smooth(self.student.network, {entry.site.name: record.smoothing})
-        return record
 
     def allocate(self, bit_map: BitMap, records: dict[str, SiteRecord]) -> BitMap:
         """Ask each policy about the budgeted sites among ``records``."""
         sites = [self.entries[name].site for name in records if self.entries[name].budgeted]
         if not sites:
             return bit_map
-        data = TensorSiteData(records)
+        data = TensorSiteData(records, self.scores)
         for policy in self.method.policies:
-            problem = AllocationProblem(sites, data, self.student.plan.budget, bit_map, self.rng)
+            problem = AllocationProblem(sites, data, self.student.plan.budget, bit_map, self.rng, self.limits)
             bit_map = policy.allocate(problem)
             _check_policy(policy, problem, bit_map)
         return bit_map
@@ -194,7 +230,7 @@ def _require_all(names: Sequence[str], assigned: dict[str, BitMap]) -> None:
 
 
 def _require_budget(student: Student, bit_map: BitMap) -> None:
-    """The mean bits may exceed the budget by the extra bits that it grants, and by nothing else."""
+    """The mean bits may exceed the budget by the extra bits that it grants, and by nothing else; all others hold."""
     budget = student.plan.budget
     # A site grants its extra bits in whole channels.
     allowed = sum(
@@ -211,3 +247,4 @@ def _require_budget(student: Student, bit_map: BitMap) -> None:
             allowed=f"at most {allowed:.4f}",
             next_step="give the last policy in `allocate` the whole budget to respect",
         )
+    require_within(budget, student_cost(student, bit_map, student.float_model))

@@ -54,7 +54,9 @@ def _correction_bytes(fitted: FittedCorrection) -> int:
     return tables + TIMESTEP_BYTES * len(fitted.timesteps)
 
 
-def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: bool) -> Accounting:
+def planned_cost(
+    plan: Plan, float_model: FloatModel, timesteps: int, smoothed: bool, zero_point_bytes: int = 1
+) -> Accounting:
     """What the plan will cost, before anything is measured: a policy that mixes bits adds its index maps to it.
 
     Args:
@@ -62,6 +64,7 @@ def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: 
         float_model: of the float network.
         timesteps: entries of the activation tables, 1 for static scales.
         smoothed: the sites under the budget get smoothing scales.
+        zero_point_bytes: what a zero point is taken to need; how wide it becomes is known after calibration.
     """
     bit_map = plan.nominal()
     costs = []
@@ -79,6 +82,8 @@ def planned_cost(plan: Plan, float_model: FloatModel, timesteps: int, smoothed: 
                 activation_entries=entries * parts,
                 per_timestep=entries > 1,
                 smoothing_channels=_input_channels(entry) if smoothed else 0,
+                weight_zero_point_bytes=zero_point_bytes,
+                activation_zero_point_bytes=zero_point_bytes,
             )
         costs.append(cost)
     return account(costs, float_model)
@@ -93,7 +98,13 @@ def site_cost(site: Site, bit_map: BitMap) -> SiteCost:
         weight_bits=bit_map.weight_bits[site.name],
         activation_bits=bit_map.activation_bits[site.name, site.slots[0].name],
         products=_products(site, bit_map),
+        input_elements=input_elements(site),
     )
+
+
+def input_elements(site: Site) -> int:
+    """Elements of all inputs of a site in one forward at batch 1."""
+    return sum(math.prod(slot.shape) for slot in site.slots)
 
 
 def _products(site: Site, bit_map: BitMap) -> tuple[Product, ...]:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy
 from quantlab.contracts.config import Strict
+from quantlab.contracts.sections import Budget
 from quantlab.contracts.site import Site
 from quantlab.errors import RecipeError
 from quantlab.matching import match_sites
@@ -40,6 +41,13 @@ class ManualPolicy(BitPolicy):
 
     def __init__(self, config: ManualConfig) -> None:
         self.config = config
+
+    def lowest_bits(self, budget: Budget) -> tuple[int, int]:
+        """The lowest bits that are written down, or the budget's."""
+        rules = self.config.rules
+        weights = [rule.weight_bits for rule in rules if rule.weight_bits]
+        inputs = [rule.activation_bits for rule in rules if rule.activation_bits]
+        return min(budget.weight_bits, *weights, 8), min(budget.activation_bits, *inputs, 8)
 
     def allocate(self, problem: AllocationProblem) -> BitMap:
         """Apply the rules to what is given.

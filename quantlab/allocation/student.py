@@ -22,6 +22,7 @@ from quantlab.graph.passes.insert_quantizers import insert_quantizers
 from quantlab.graph.passes.replace_attention import attention_path, replace_attention
 from quantlab.graph.passes.taps import attach_taps
 from quantlab.graph.run import runner
+from quantlab.quant.accounting import FloatModel
 from quantlab.quant.attention import QuantizedAttention
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
 from quantlab.quant.split import SplitQuantizer
@@ -51,6 +52,12 @@ class QuantizerChoices:
     weights: QuantizerChoice
     activations: QuantizerChoice
 
+    def weight_quantizer(self, bits: Tensor, split: Sequence[int] = ()) -> Quantizer:
+        """A quantizer of a weight with int8 [out] bits, without a range yet; one for each part of a ``split``."""
+        settings = self.weights.settings
+        spec = QuantSpec(PerChannel(0), settings.observer, round_zero_point=settings.round_zero_point)
+        return self.weights.build(spec, bits, split)
+
 
 @dataclass(frozen=True)
 class Student:
@@ -61,12 +68,14 @@ class Student:
         graph: its graph, with the timestep threaded to the layers.
         plan: what each site is meant to be.
         run: the quantized forward.
+        float_model: what the float network stores.
     """
 
     network: nn.Module
     graph: CapturedGraph
     plan: Plan
     run: Run
+    float_model: FloatModel
 
     def layer(self, site: str) -> QuantizedLayer:
         """The quantized layer at a site."""
@@ -115,7 +124,8 @@ def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
         graph = replace_attention(network, graph, attentions, task.timestep_input)
     _untie(network, names)
     run = tapped_run(network, graph, ())
-    return Student(network.requires_grad_(False), graph, plan, lambda inputs: run(inputs)[0])
+    float_model = FloatModel.of(task.network)
+    return Student(network.requires_grad_(False), graph, plan, lambda inputs: run(inputs)[0], float_model)
 
 
 def _untie(network: nn.Module, layers: Sequence[str]) -> None:
@@ -136,9 +146,8 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
     sites whose input has not the batch first, since no timestep belongs to their rows.
     """
     if entry.weight_bits != FLOAT_BITS:
-        weights = choices.weights.settings
-        spec = QuantSpec(PerChannel(0), weights.observer, round_zero_point=weights.round_zero_point)
-        layer.weight_quantizer = choices.weights.build(spec, bit_map.weight_bits[entry.site.name], entry.split)
+        bits = bit_map.weight_bits[entry.site.name]
+        layer.weight_quantizer = choices.weight_quantizer(bits, entry.split)
     input_bits = bit_map.activation_bits[entry.site.name, entry.site.slots[0].name]
     if input_bits != FLOAT_BITS:
         spec = _input_spec(choices.activations, entry.budgeted and entry.site.has_samples_first)

@@ -12,11 +12,18 @@ from torch.nn import functional as F
 
 from quantlab.contracts.allocation import SiteData
 from quantlab.contracts.quant import Observer
+from quantlab.contracts.scores import ScoreRequest
+from quantlab.errors import PluginError
 from quantlab.quant.functional import fake_quantize, per_channel, search_scale
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """A site's operation on an input and a weight."""
 
+Patches = Callable[[Tensor], Tensor]
+"""What the weights of a site multiply, out of an input: [rows, groups, in / groups * prod(k)]."""
+
+PATCH_ELEMENTS = 1 << 22
+"""Elements of patches in memory at once."""
 INPUT_SEARCH_ELEMENTS = 8192
 """Elements of an input on which the MSE search for its range judges candidates."""
 
@@ -31,6 +38,7 @@ class SiteRecord:
         channel_dim: the input dimension that holds the channels.
         groups: of a convolution.
         compute: the operation.
+        patches: what the weights multiply.
         smoothing: per-input-channel scales [in], or None.
     """
 
@@ -39,6 +47,7 @@ class SiteRecord:
     channel_dim: int
     groups: int
     compute: Compute
+    patches: Patches
     smoothing: Tensor | None = None
 
     @classmethod
@@ -47,9 +56,13 @@ class SiteRecord:
         weight, inputs = layer.weight.detach().float(), tuple(x.float() for x in inputs)
         bias = None if layer.bias is None else layer.bias.detach().float()
         if isinstance(layer, nn.Linear):
-            return cls(weight, inputs, -1, 1, lambda x, w: F.linear(x, w, bias))
+            return cls(weight, inputs, -1, 1, lambda x, w: F.linear(x, w, bias), _linear_patches)
         conv = cast(nn.Conv2d, layer)
-        return cls(weight, inputs, 1, conv.groups, lambda x, w: conv._conv_forward(x, w, bias))
+
+        def compute(x: Tensor, w: Tensor) -> Tensor:
+            return conv._conv_forward(x, w, bias)
+
+        return cls(weight, inputs, 1, conv.groups, compute, lambda x: _conv_patches(conv, x))
 
     def weight_absmax(self) -> Tensor:
         """Largest magnitude of the weights that read each input channel [in]."""
@@ -74,16 +87,47 @@ class SiteRecord:
         for x in self.inputs:
             yield x if self.smoothing is None else x * per_channel(1 / self.smoothing, x.dim(), self.channel_dim)
 
+    def patch_batches(self) -> Iterator[Tensor]:
+        """What the weights multiply, smoothed, some samples at a time: [rows, groups, in / groups * prod(k)]."""
+        for x in self.smoothed_inputs():
+            elements = max(1, self.patches(x[:1]).numel())
+            for part in x.split(max(1, PATCH_ELEMENTS // elements)):
+                yield self.patches(part)
+
     def _channels_last(self, x: Tensor) -> Tensor:
         """[rows, in]."""
         return x.movedim(self.channel_dim, -1).flatten(0, -2)
 
 
-class TensorSiteData(SiteData):
-    """Facts about sites whose tensors are in memory; float outputs and scales are computed once."""
+def _linear_patches(x: Tensor) -> Tensor:
+    return x.reshape(-1, 1, x.shape[-1])
 
-    def __init__(self, records: Mapping[str, SiteRecord]) -> None:
+
+def _conv_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    kernel = cast(tuple[int, int], conv.kernel_size)
+    columns = F.unfold(padded, kernel, cast(tuple[int, int], conv.dilation), 0, cast(tuple[int, int], conv.stride))
+    return columns.transpose(1, 2).reshape(-1, conv.groups, columns.shape[1] // conv.groups)
+
+
+class TensorSiteData(SiteData):
+    """Facts about sites whose tensors are in memory; float outputs, scales and moments are computed once.
+
+    Args:
+        records: the sites' tensors.
+        scores: what was computed for the policies beforehand.
+    """
+
+    def __init__(
+        self,
+        records: Mapping[str, SiteRecord],
+        scores: Mapping[ScoreRequest, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         self._records = records
+        self._scores = scores or {}
+        self._moments: dict[str, Tensor] = {}
+        self._grams: dict[str, Tensor] = {}
         self._outputs: dict[str, list[Tensor]] = {}
         self._scales: dict[tuple[str, int, Observer], tuple[Tensor, Tensor]] = {}
         self._quantized_inputs: dict[tuple[str, int], list[Tensor]] = {}
@@ -100,10 +144,34 @@ class TensorSiteData(SiteData):
         """Largest magnitude of each input channel, before smoothing."""
         return self._records[site].input_absmax()
 
+    def input_second_moment(self, site: str) -> Tensor:
+        """E[x^2] of what each weight multiplies, float64 [groups, in / groups * prod(k)]."""
+        if site not in self._moments:
+            self._moments[site] = _mean_of(self._records[site], lambda rows: rows.double().square().sum(0))
+        return self._moments[site]
+
+    def input_gram(self, site: str) -> Tensor:
+        """E[x x^T] of what the weights multiply, float64 [groups, n, n]."""
+        if site not in self._grams:
+            self._grams[site] = _mean_of(
+                self._records[site], lambda rows: torch.einsum("rgi,rgj->gij", rows, rows).double()
+            )
+        return self._grams[site]
+
+    def score(self, request: ScoreRequest) -> Mapping[str, Tensor]:
+        """A score that was declared, from what was computed beforehand."""
+        if request not in self._scores:
+            raise PluginError(
+                "a policy asked for a score that it did not declare",
+                where=f'score "{request.score}"',
+                next_step="return the same request from the policy's `scores`",
+            )
+        return self._scores[request]
+
     def output_error(self, site: str, bits: Tensor, observer: Observer, input_bits: int | None) -> float:
         """Mean squared error of the site's output with quantized weights, and inputs if asked, against float."""
         record = self._records[site]
-        weight = self._quantized_weight(site, bits, observer)
+        weight = self.quantized_weight(site, bits, observer)
         inputs = list(record.smoothed_inputs()) if input_bits is None else self._inputs_at(site, input_bits)
         outputs = self._float_outputs(site)
         squared = [(record.compute(x, weight) - y).square() for x, y in zip(inputs, outputs, strict=True)]
@@ -117,7 +185,8 @@ class TensorSiteData(SiteData):
             self._outputs[site] = [record.compute(x, record.weight) for x in record.inputs]
         return self._outputs[site]
 
-    def _quantized_weight(self, site: str, bits: Tensor, observer: Observer) -> Tensor:
+    def quantized_weight(self, site: str, bits: Tensor, observer: Observer) -> Tensor:
+        """The smoothed weight, quantized."""
         weight = self.weight(site)
         scale, zero_point = weight.new_empty(len(bits)), weight.new_empty(len(bits))
         for width in sorted(set(bits.tolist())):
@@ -144,3 +213,12 @@ class TensorSiteData(SiteData):
             scale, zero_point = search_scale(row, torch.tensor([width]), Observer.MSE, INPUT_SEARCH_ELEMENTS)
             self._quantized_inputs[key] = [fake_quantize(x, scale, zero_point, 2**width - 1) for x in inputs]
         return self._quantized_inputs[key]
+
+
+def _mean_of(record: SiteRecord, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean over all rows of patches, from sums over some of them."""
+    found, rows = torch.zeros((), dtype=torch.float64), 0
+    for patches in record.patch_batches():
+        found = found + total(patches)
+        rows += len(patches)
+    return found / rows

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantlab.contracts.quant import Observer
+    from quantlab.contracts.scores import ScoreRequest
     from quantlab.contracts.sections import Budget
     from quantlab.contracts.site import Site
 
@@ -49,6 +51,29 @@ class SiteData(ABC):
         """Largest magnitude of each input channel [in], before smoothing."""
 
     @abstractmethod
+    def quantized_weight(self, site: str, bits: Tensor, observer: Observer) -> Tensor:
+        """The smoothed weight after affine quantization with int8 [out] bits: the shape of ``weight``."""
+
+    @abstractmethod
+    def input_second_moment(self, site: str) -> Tensor:
+        """E[x^2] of what each weight of a channel multiplies, float64 [groups, in / groups * prod(k)], smoothed.
+
+        The mean is over samples and output positions; the columns are those of ``weight(site).flatten(1)``.
+        """
+
+    @abstractmethod
+    def input_gram(self, site: str) -> Tensor:
+        """E[x x^T] of the same, float64 [groups, n, n] with n = in / groups * prod(k)."""
+
+    @abstractmethod
+    def score(self, request: ScoreRequest) -> Mapping[str, Tensor]:
+        """A score that the policy declared in ``scores``: site -> float64 [len(widths)].
+
+        Raises:
+            PluginError: it was not declared.
+        """
+
+    @abstractmethod
     def output_error(self, site: str, bits: Tensor, observer: Observer, input_bits: int | None) -> float:
         """Mean squared error of the site's output against the float one.
 
@@ -58,6 +83,19 @@ class SiteData(ABC):
             observer: how the scales of the weights are found.
             input_bits: bits of a per-tensor input quantizer found with MSE, or None for float inputs.
         """
+
+
+class Resource(StrEnum):
+    """What bits cost, named as the budget's keys."""
+
+    WEIGHT_BITS = "weight_bits"
+    """Bits of all weights together."""
+    SIZE = "size_mb"
+    """Bytes."""
+    BIT_OPERATIONS = "bit_operations"
+    """Bits of the weight times bits of the input times multiply-accumulates, at batch 1."""
+    ACTIVATION_MEMORY = "activation_memory_mb"
+    """Bytes of quantized inputs at batch 1."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +108,8 @@ class AllocationProblem:
         budget: what they may cost.
         given: bits so far, of every site; a policy returns it with the bits of ``sites`` changed.
         rng: the only source of randomness a policy may use.
+        limits: what the bits of ``sites`` may cost together, of the resources that the budget limits besides the mean
+            bits of weights; whatever does not depend on these bits is taken off already.
     """
 
     sites: Sequence[Site]
@@ -77,6 +117,7 @@ class AllocationProblem:
     budget: Budget
     given: BitMap
     rng: torch.Generator
+    limits: Mapping[Resource, float] = field(default_factory=dict[Resource, float])
 
 
 class BitPolicy(ABC):
@@ -88,10 +129,24 @@ class BitPolicy(ABC):
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
+    mixes: ClassVar[bool] = False
+    """Whether channels of one site may get different bits."""
     Config: ClassVar[type[BaseModel]]
 
     @abstractmethod
     def __init__(self, config: BaseModel) -> None: ...
+
+    def between_sites(self) -> bool:
+        """Whether it weighs sites against one another, and so must see all of them at once."""
+        return False
+
+    def scores(self, budget: Budget) -> Sequence[ScoreRequest]:
+        """The scores that ``allocate`` will ask for; the engine computes and keeps them."""
+        return ()
+
+    def lowest_bits(self, budget: Budget) -> tuple[int, int]:
+        """The lowest bits of weights and of inputs that it may give a whole site: what the least plan costs."""
+        return budget.weight_bits, budget.activation_bits
 
     @abstractmethod
     def allocate(self, problem: AllocationProblem) -> BitMap:

@@ -64,11 +64,18 @@ class Attention(Strict):
 
 
 class Budget(Strict):
-    """What the sites that may be allocated may cost."""
+    """What the sites that may be allocated may cost; everything that is given must hold."""
 
     weight_bits: int = Field(ge=1, le=8, description="parameter-weighted mean bits of the weights")
     activation_bits: int = Field(ge=2, le=8, description="bits of the activations")
     extra_bit_fraction: float = Field(default=0.0, ge=0, le=1, description="share of channels with one more bit")
+    size_mb: float | None = Field(default=None, gt=0, description="MiB of the whole file, as the accounting counts it")
+    bit_operations: float | None = Field(
+        default=None, gt=0, description="in units of 10^9, of all sites in one forward at batch 1, float ones included"
+    )
+    activation_memory_mb: float | None = Field(
+        default=None, gt=0, description="MiB of the inputs of all quantized sites at batch 1, each at its own bits"
+    )
 
 
 class Sampling(Strict):

@@ -44,6 +44,8 @@ class Site:
         block: path of the block that holds the site ("up_blocks.2"), or the site's own name outside any block.
         groups: groups of a convolution.
         split: input channels of each tensor that a skip concatenation before the site joins; () without one.
+        shares: sites with the same word here must have one format, so a policy that decides by the site gives them
+            equal bits; "" for a site of its own.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Site:
     block: str = ""
     groups: int = 1
     split: tuple[int, ...] = ()
+    shares: str = ""
 
     @property
     def out_channels(self) -> int:

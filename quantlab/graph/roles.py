@@ -39,6 +39,18 @@ def find_splits(model: nn.Module, captured: CapturedGraph, timestep: str | None)
     return _RoleFinder(model, captured, timestep).splits()
 
 
+def find_shares(model: nn.Module, captured: CapturedGraph, timestep: str | None) -> list[frozenset[str]]:
+    """Sets of layers, by path, that must have one format.
+
+    - the projections to query, key and value of one attention that read the same tensor: kernels compute them as one;
+    - the layers whose outputs one concatenation joins, with nothing between but operations on one tensor that keep its
+      shape: what reads the joined tensor has one scale for it.
+
+    Sets that overlap are one set.
+    """
+    return _RoleFinder(model, captured, timestep).shares()
+
+
 def sample_input(captured: CapturedGraph, timestep: str | None) -> fx.Node | None:
     """The placeholder of the sample: the first input that is not the timestep, floating if there is one."""
     inputs = [
@@ -89,6 +101,35 @@ class _RoleFinder:
         for path, tag in [*self._ends(), *self._time_embedding(), *self._skips(), *self._attention()]:
             found.setdefault(path, set()).add(tag)
         return {path: frozenset(tags) for path, tags in found.items()}
+
+    def shares(self) -> list[frozenset[str]]:
+        """Layers that must have one format."""
+        merged: list[set[str]] = []
+        for found in [*self._projections(), *self._joined()]:
+            apart = [other for other in merged if not other & found]
+            merged = [*apart, found.union(*(other for other in merged if other & found))]
+        return [frozenset(paths) for paths in merged if len(paths) > 1]
+
+    def _projections(self) -> Iterator[set[str]]:
+        nodes = {path: node for node, path in self.layers.items()}
+        for query, key, value, _ in self._attention_cores():
+            readers: dict[fx.Node, set[str]] = {}
+            for start in (query, key, value):
+                for path in self._nearest(start, data_inputs):
+                    readers.setdefault(data_inputs(nodes[path])[0], set()).add(path)
+            yield from readers.values()
+
+    def _joined(self) -> Iterator[set[str]]:
+        for node in self.nodes:
+            if node.target in _CONCAT:
+                sources = [self._unchanged(source) for source in data_inputs(node)]
+                yield {self.layers[source] for source in sources if source in self.layers}
+
+    def _unchanged(self, node: fx.Node) -> fx.Node:
+        """Where a tensor comes from, back through operations on one tensor that keep its shape."""
+        while node not in self.layers and (before := self._same_shape_input(node)) is not None:
+            node = before
+        return node
 
     def _from_sample(self, node: fx.Node) -> bool:
         return self.sample is not None and str(self.sample.target) in self.sources[node]

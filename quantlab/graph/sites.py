@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from quantlab.contracts.site import Site, SiteKind, Slot
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.functional import ATTENTION, layer_call
-from quantlab.graph.roles import find_roles, find_splits, sample_input
+from quantlab.graph.roles import find_roles, find_shares, find_splits, sample_input
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 Shape = tuple[int, ...]
@@ -45,12 +45,25 @@ def find_sites(model: nn.Module, captured: CapturedGraph, timestep_input: str | 
     timestep = timestep_input or next((name for name in TIMESTEP_NAMES if name in captured.input_names), None)
     roles, splits = find_roles(model, captured, timestep), find_splits(model, captured, timestep)
     paths = [path for path in calls if _is_layer(model.get_submodule(path))]
-    return tuple(
+    sites = tuple(
         _weight_site(model, path, found, roles.get(path, frozenset()), splits.get(path, ()), paths)
         if path in paths
         else Site(path, SiteKind.ATTENTION, None, _macs(found), _slots(found), block=_block(model, path, paths))
         for path, found in calls.items()
     )
+    return with_shares(sites, model, captured, timestep)
+
+
+def with_shares(
+    sites: Sequence[Site], model: nn.Module, captured: CapturedGraph, timestep: str | None
+) -> tuple[Site, ...]:
+    """The sites with the word of those that must have one format: the name of the first of them in the graph."""
+    word = {
+        path: next(site.name for site in sites if site.name in paths)
+        for paths in find_shares(model, captured, timestep)
+        for path in paths
+    }
+    return tuple(replace(site, shares=word.get(site.name, "")) for site in sites)
 
 
 def _batch(captured: CapturedGraph) -> int:

@@ -99,6 +99,7 @@ class SiteCost:
         branch_values: of both factors of a low-rank branch, 0 for none.
         products: of an attention with quantized operands; together they have the site's ``macs``.
         operand_bytes: tables of the operands of these products.
+        input_elements: of all inputs of one forward at batch 1.
     """
 
     name: str
@@ -117,6 +118,7 @@ class SiteCost:
     branch_values: int = 0
     products: tuple[Product, ...] = ()
     operand_bytes: int = 0
+    input_elements: int = 0
 
     @property
     def branch_macs(self) -> int:
@@ -143,6 +145,8 @@ class Accounting:
         macs: multiply-accumulates of all sites and of their branches.
         quantized_macs: those with a quantized weight and a quantized input.
         bit_operations: of all sites.
+        activation_memory_bytes: of the inputs of all quantized sites at batch 1, each at its own bits and rounded up to
+            whole bytes; an input that several sites read counts for each, since each quantizes it for itself.
         correction_bytes: what corrections of the sampler store.
     """
 
@@ -159,6 +163,7 @@ class Accounting:
     macs: int
     quantized_macs: int
     bit_operations: int
+    activation_memory_bytes: int
     correction_bytes: int = 0
 
     @property
@@ -198,7 +203,7 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
         scale_bytes=sum(SCALE_BYTES * _weight_scales(site) for site in quantized)
         + sum(site.extra_bytes for site in sites),
         zero_point_bytes=sum(site.weight_zero_point_bytes * _weight_scales(site) for site in quantized),
-        index_bytes=sum(-(-WIDTH_BITS * len(site.weight_bits) // 8) for site in quantized if _is_mixed(site)),
+        index_bytes=sum(index_bytes(len(site.weight_bits)) for site in quantized if _is_mixed(site)),
         activation_bytes=sum(_activation_bytes(site) for site in inputs),
         smoothing_bytes=sum(SMOOTHING_BYTES * site.smoothing_channels for site in sites),
         adapter_bytes=sum(site.adapter_bytes for site in sites),
@@ -209,6 +214,7 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
         quantized_macs=sum(site.macs for site in quantized if site.activation_bits != FLOAT_BITS)
         + sum(product.macs for product in products),
         bit_operations=sum(_bit_operations(site) for site in sites),
+        activation_memory_bytes=sum(-(-site.input_elements * site.activation_bits // 8) for site in inputs),
     )
 
 
@@ -228,6 +234,11 @@ def packed_bytes(bits: Tensor, weights_per_channel: int) -> int:
     widths, counts = torch.unique(bits.to(torch.int64), return_counts=True)
     pairs = zip(widths.tolist(), counts.tolist(), strict=True)
     return sum(-(-width * count * weights_per_channel // 8) for width, count in pairs)
+
+
+def index_bytes(channels: int) -> int:
+    """Bytes of the widths of a mixed site's channels."""
+    return -(-WIDTH_BITS * channels // 8)
 
 
 def is_quantized(site: SiteCost) -> bool:

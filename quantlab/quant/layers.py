@@ -93,6 +93,10 @@ class _Quantized(nn.Module):
         with torch.no_grad():
             self._frozen_weight = self.quantized_weight().detach()
 
+    def use_weight(self, weight: Tensor) -> None:
+        """Compute with this smoothed weight [out, in / groups, *k] until ``thaw``; gradients reach it."""
+        self._frozen_weight = weight
+
     def thaw(self) -> None:
         """Quantize the weight at every call again."""
         self._frozen_weight = None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantlab.allocation.assign import AssignMethod, assign
+from quantlab.allocation.budgets import require_feasible
 from quantlab.allocation.plan import Plan
 from quantlab.allocation.student import (
     QuantizerChoice,
@@ -34,9 +35,11 @@ from quantlab.contracts.tuning import Checkpoint, TappedRun, TuneJob, Tuner
 from quantlab.errors import ArtefactError
 from quantlab.graph.blocks import Traced, cut_blocks
 from quantlab.plugins import Kind, Registry
+from quantlab.quant.accounting import FloatModel
 from quantlab.recipe.schema import Recipe
 from quantlab.stages.context import RunContext, as_json
 from quantlab.stages.prepare import Calibrated, Captured, plan_digest
+from quantlab.stages.scores import measure_scores
 from quantlab.store import JSON, StageFolder, atomic_write, digest_of
 from quantlab.tuning.finalize import finalize as finalize_layers
 
@@ -89,6 +92,29 @@ def chosen_batch(captured: Captured, calibrated: Calibrated, recipe: Recipe, reg
     return calibration_batch(task, data, settings.samples, pairs)
 
 
+def method_of(recipe: Recipe, registry: Registry) -> AssignMethod:
+    """The passes, policies and quantizers of a recipe as objects."""
+    return AssignMethod(
+        [registry.create(Kind.PASS, choice) for choice in recipe.passes],
+        [registry.create(Kind.POLICY, choice) for choice in recipe.allocate],
+        choices_of(recipe, registry),
+        recipe.inputs_from,
+    )
+
+
+def check_budget(plan: Plan, recipe: Recipe, registry: Registry, float_model: FloatModel, arm: str) -> None:
+    """Raise RecipeError for policies that cannot work here or a budget that none of their allocations can keep."""
+    require_feasible(
+        plan,
+        [registry.create(Kind.POLICY, choice) for choice in recipe.allocate],
+        recipe.inputs_from,
+        float_model,
+        timesteps=recipe.sampling.steps if recipe.activations.per_timestep else 1,
+        smoothed=bool(recipe.passes),
+        where=f"method {arm}",
+    )
+
+
 def assign_bits(
     context: RunContext, captured: Captured, calibrated: Calibrated, plan: Plan, recipe: Recipe, arm: str
 ) -> Quantized:
@@ -101,7 +127,7 @@ def assign_bits(
         "version": ASSIGN_VERSION,
         "calibrate": calibrated.stage.digest,
         "plan": plan_digest(plan),
-        "budget": as_json(recipe.budget),
+        "budget": recipe.budget.model_dump(mode="json", exclude_none=True),
         "samples": recipe.calibrate.samples,
         "passes": [as_json(choice) for choice in recipe.passes],
         "allocate": [as_json(choice) for choice in recipe.allocate],
@@ -113,7 +139,7 @@ def assign_bits(
     }
     if recipe.calibrate.sampler is not None:
         key["sampler"] = as_json(recipe.calibrate.sampler)
-    choices = choices_of(recipe, registry)
+    method = method_of(recipe, registry)
     batch = chosen_batch(captured, calibrated, recipe, registry)
     static = [site.name for site in plan.budgeted if not site.has_samples_first]
     if static and recipe.activations.per_timestep:
@@ -124,24 +150,22 @@ def assign_bits(
     if recipe.split_skip and not any(entry.split for entry in plan.sites):
         context.console.warn(f"{arm}: no site under the budget is fed by a skip concatenation, so nothing is split")
 
+    scores = measure_scores(context, captured, calibrated, batch, plan, method, recipe, arm)
+    if scores.stages:
+        key["scores"] = [stage.digest for stage in scores.stages]
+
     def compute(folder: Path, progress: Progress) -> None:
-        method = AssignMethod(
-            [registry.create(Kind.PASS, choice) for choice in recipe.passes],
-            [registry.create(Kind.POLICY, choice) for choice in recipe.allocate],
-            choices,
-            recipe.inputs_from,
-        )
         student = build_student(captured.task, captured.graph, plan)
         rng = torch.Generator().manual_seed(recipe.seed)
-        bit_map = assign(student, method, batch, rng, progress)
+        bit_map = assign(student, method, batch, rng, progress, scores.values)
         (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(bit_map)))
         save_state(student, folder / "qparams.safetensors")
 
     stage = context.stage("assign", f"{arm}: assign bits and scales", key, compute, link=f"{arm}/assign")
     bit_map = bit_map_from_json(json.loads(stage.file("allocation.json").read_text()))
     student = build_student(captured.task, captured.graph, plan)
-    restore(student, bit_map, choices, load_state(stage.file("qparams.safetensors")))
-    return Quantized(student, bit_map, batch, stage, (stage,))
+    restore(student, bit_map, method.choices, load_state(stage.file("qparams.safetensors")))
+    return Quantized(student, bit_map, batch, stage, (*scores.stages, stage))
 
 
 def tune(

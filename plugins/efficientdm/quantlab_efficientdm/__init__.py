@@ -7,5 +7,5 @@ from quantlab import Method, hookimpl, method_from_yaml
 
 @hookimpl
 def quantlab_methods() -> list[Method]:
-    """EfficientDM."""
-    return [method_from_yaml(Path(__file__).with_name("methods") / "efficientdm.yaml")]
+    """EfficientDM, and its tuning on bits of unequal channels."""
+    return [method_from_yaml(path) for path in sorted(Path(__file__).with_name("methods").glob("*.yaml"))]

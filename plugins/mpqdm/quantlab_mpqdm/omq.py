@@ -56,16 +56,19 @@ class KurtosisPolicy(BitPolicy):
     name: ClassVar[str] = "kurtosis"
     paper: ClassVar[str | None] = "MPQ-DM, AAAI 2025, arXiv 2412.11549"
     version: ClassVar[int] = 2
+    mixes: ClassVar[bool] = True
     Config = KurtosisConfig
 
     def __init__(self, config: KurtosisConfig) -> None:
         self.config = config
 
     def allocate(self, problem: AllocationProblem) -> BitMap:
-        """Split every site that is given the same bits throughout; ties keep the smaller split.
+        """Split every site around the bits it is given; ties keep the smaller split.
+
+        A site that another policy gave bits without room for the offsets keeps them.
 
         Raises:
-            RecipeError: a site's bits leave no room for the offsets.
+            RecipeError: the budget's own bits leave no room.
         """
         bits = dict(problem.given.weight_bits)
         for site in problem.sites:
@@ -101,9 +104,11 @@ class KurtosisPolicy(BitPolicy):
 
     def _split(self, problem: AllocationProblem, site: Site, order: Tensor) -> int:
         """The number of channels to move whose output error is smallest."""
+        given = problem.given.weight_bits[site.name]
+        if not self._has_room(given) and not (given == problem.budget.weight_bits).all():
+            return 0
         if self.config.force is not None:
             return min(self.config.force * max(1, site.out_channels // 10), site.out_channels // 2)
-        given = problem.given.weight_bits[site.name]
         input_bits = (
             problem.given.activation_bits[site.name, site.slots[0].name] if self.config.quantize_inputs else None
         )
@@ -115,10 +120,14 @@ class KurtosisPolicy(BitPolicy):
                 best, best_error = count, error
         return best
 
+    def _has_room(self, given: Tensor) -> bool:
+        low, _, high = self.config.offsets
+        return bool(given.min() + low >= 1 and given.max() + high <= 8)
+
     def _bits(self, site: Site, given: Tensor, order: Tensor, count: int) -> Tensor:
         """The given bits with ``count`` channels moved up and as many down."""
         low, _, high = self.config.offsets
-        if count and (given.min() + low < 1 or given.max() + high > 8):
+        if count and not self._has_room(given):
             raise RecipeError(
                 "the bits leave no room for mixing",
                 where=f'policy "kurtosis", site {site.name}',
