@@ -11,6 +11,7 @@ from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import Plan, mean_weight_bits
 from quantlab.contracts.model import GenerativeTask
 from quantlab.errors import RecipeError
+from quantlab.evaluation.features import feature_identity
 from quantlab.plugins import Kind, Registry
 from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
 from quantlab.recipe.choices import chosen, essence
@@ -19,7 +20,7 @@ from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
 from quantlab.report.tables import markdown
-from quantlab.stages import describe, evaluate, prepare, quantize
+from quantlab.stages import describe, evaluate, measure, prepare, quantize
 from quantlab.stages.context import RunContext
 from quantlab.store import JSON, Store, create_run, digest_of
 
@@ -64,6 +65,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     """Run the recipe's method and its baselines, and measure them beside full precision."""
     recipe, console = loaded.recipe, options.console
     task = load_task(loaded, options.device, options.dtype)
+    measure.require(loaded.registry, task, recipe.evaluate)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
@@ -113,6 +115,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
             "plugins": {name: found for arm in arms for name, found in plugin_versions(arm, registry).items()},
             "weights": source(source.Config()).identity(recipe.model),
             "versions": versions,
+            **feature_identity(recipe.evaluate),
         }
     )
 
@@ -120,7 +123,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
 def plugin_versions(recipe: Recipe, registry: Registry) -> dict[str, JSON]:
     """The versions of every plugin class that a recipe's numbers depend on."""
     names = [(kind, choice.name) for kind, _, choice in chosen(recipe)]
-    names += [(Kind.METRIC, name) for name in recipe.evaluate.metrics] + [(Kind.MODEL, recipe.model.source)]
+    names += [(Kind.MODEL, recipe.model.source)]
     return {f"{kind}/{name}": registry.find(kind, name).value.version for kind, name in names}
 
 

@@ -16,6 +16,7 @@ LISTS: tuple[tuple[Kind, KeyPath], ...] = (
     (Kind.POLICY, ("allocate",)),
     (Kind.TUNER, ("tune", "tuners")),
     (Kind.LOSS, ("tune", "losses")),
+    (Kind.METRIC, ("evaluate", "metrics")),
 )
 """Where a recipe lists plugins."""
 SINGLES: tuple[tuple[Kind, KeyPath], ...] = (

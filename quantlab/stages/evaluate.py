@@ -14,11 +14,12 @@ from torch import Tensor
 from quantlab.allocation.plan import Plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.model import GenerativeTask, Progress, Run
-from quantlab.contracts.sections import Choice, Evaluate, Sampling
+from quantlab.contracts.sections import Evaluate, Sampling
 from quantlab.errors import NonFiniteError
-from quantlab.evaluation.samples import SampleSet
+from quantlab.evaluation.features import feature_network
 from quantlab.plugins import Kind
 from quantlab.stages.context import RunContext, as_json
+from quantlab.stages.measure import comparison, measured_with, metrics_of, sample_set
 from quantlab.stages.prepare import Captured, fingerprint, layer_set_digest
 from quantlab.stages.quantize import Quantized
 from quantlab.store import JSON, StageFolder, digest_of
@@ -116,34 +117,29 @@ def evaluate(
     arm: str,
 ) -> Measured:
     """Draw with a quantized model, or take the float model's own images, and compute the metrics."""
-    names = [Choice(name=name) for name in settings.metrics]
+    network = feature_network(task, settings)
     key: dict[str, JSON] = {
         "version": EVALUATE_VERSION,
         "reference": reference_images.stage.digest,
         "judged_by": task.reference().digest,
         "model": quantized.stage.digest if quantized else "float",
-        "metrics": list(settings.metrics),
-        "plugins": context.versions(*((Kind.METRIC, choice) for choice in names)),
+        "metrics": [choice.name for choice in settings.metrics],
+        "plugins": context.versions(*((Kind.METRIC, choice) for choice in settings.metrics)),
+        **measured_with(context.registry, network, settings),
     }
+
+    compared = comparison(context, task, network, reference_images.other, reference_images.stage.digest, settings)
 
     def compute(folder: Path, progress: Progress) -> None:
         if quantized is None:
             images = reference_images.images
         else:
             images = draw(task, quantized.student.run, settings, settings.noise_seed, progress)
-        features, logits = (part.cpu() for part in task.judge(images.to(task.device)))
-        samples = SampleSet(
-            images=images,
-            labels=task.labels(len(images)).cpu(),
-            features=features,
-            logits=logits,
-            teacher_images=reference_images.images,
-            teacher_features=task.judge(reference_images.other.to(task.device))[0].cpu(),
-            reference_features=task.reference().features.cpu(),
-        )
+        metrics = metrics_of(context.registry, settings)
+        samples = sample_set(task, network, images, reference_images.images, compared(), metrics)
         values: dict[str, float | None] = {}
-        for choice in names:
-            for name, value in context.registry.create(Kind.METRIC, choice).compute(samples).items():
+        for metric in metrics:
+            for name, value in metric.compute(samples).items():
                 if math.isnan(value):
                     raise NonFiniteError("a metric is not a number", where=f"metric {name}", got=f"{arm}, {value}")
                 # Equal images have an infinite PSNR, which JSON cannot hold.
@@ -158,7 +154,7 @@ def evaluate(
 
 def protocol_id(context: RunContext, task: GenerativeTask, sampling: Sampling, settings: Evaluate, plan: Plan) -> str:
     """Hash of everything that must be equal for two rows to be compared; a method's own seed is not part of it."""
-    metrics = [Choice(name=name) for name in settings.metrics]
+    network = feature_network(task, settings)
     return digest_of(
         {
             "weights": fingerprint(task),
@@ -166,7 +162,8 @@ def protocol_id(context: RunContext, task: GenerativeTask, sampling: Sampling, s
             "sampling": as_json(sampling),
             "samples": settings.samples,
             "noise_seed": settings.noise_seed,
-            "metrics": context.versions(*((Kind.METRIC, choice) for choice in metrics)),
+            "metrics": context.versions(*((Kind.METRIC, choice) for choice in settings.metrics)),
             "layers": layer_set_digest(plan),
+            **measured_with(context.registry, network, settings),
         }
     )
