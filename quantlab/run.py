@@ -20,7 +20,7 @@ from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
 from quantlab.report.tables import markdown
-from quantlab.stages import describe, evaluate, measure, prepare, quantize
+from quantlab.stages import describe, evaluate, inspect, measure, prepare, quantize
 from quantlab.stages.context import RunContext
 from quantlab.store import JSON, Store, create_run, digest_of
 
@@ -93,6 +93,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method)
+        inspect.inspect(context, captured, calibrated, final, method)
         measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
         seconds = sum(stage.seconds for stage in final.stages)
         rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))

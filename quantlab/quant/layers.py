@@ -61,6 +61,11 @@ class _Quantized(nn.Module):
         weight = self.float_weight()
         return weight if self.weight_quantizer is None else self.weight_quantizer(weight)
 
+    def effective_weight(self) -> Tensor:
+        """The quantized weight with the smoothing undone: what stands in the place of the float weight."""
+        weight = self.quantized_weight()
+        return weight if self.smoothing is None else weight / self._weight_smoothing()
+
     def freeze(self) -> None:
         """Keep the quantized weight for inference; ``thaw`` drops it again."""
         with torch.no_grad():
