@@ -93,7 +93,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method)
-        inspect.inspect(context, captured, calibrated, final, method)
+        inspect.inspect_sites(context, captured, calibrated, final, method)
         measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
         seconds = sum(stage.seconds for stage in final.stages)
         rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))

@@ -51,7 +51,7 @@ def size_quality(points: Sequence[SizePoint], floor: float | None, metric: str) 
     content.append(svg.label(8, 12, metric, "axis"))
     if floor is not None:
         content.append(svg.line(left, y(floor), width - 12, y(floor), "floor"))
-        content.append(svg.label(width - 14, y(floor) - 5, "full precision, other noise", "num", "end"))
+        content.append(svg.label(left + 4, y(floor) + 13, "full precision, other noise", "num"))
     front = pareto_front(points)
     steps = "".join(
         f"{'M' if index == 0 else 'L'}{x(point.size_bytes):.1f} {y(point.value):.1f}"
@@ -70,9 +70,7 @@ def site_errors(methods: Sequence[MethodDetails]) -> Markup:
     """Relative errors of weights and outputs, a row for every site and a mark for every method."""
     shown = [(index, method) for index, method in enumerate(methods) if method.errors]
     sites = list(dict.fromkeys(site for _, method in shown for site in method.errors))
-    known = [found for _, method in shown for found in method.errors.values()]
-    values = [value for found in known for value in (found.weight, found.output) if value]
-    if not values:
+    if not sites:
         return Markup("")
     left, top = NAME_WIDTH * max(map(len, sites)) + 14, 26
     bottom = top + len(sites) * ROW
@@ -85,6 +83,10 @@ def site_errors(methods: Sequence[MethodDetails]) -> Markup:
         content.append(svg.label(left - 8, y + 11, site, "site", "end"))
     for panel, name in enumerate(("weight", "output")):
         start = left + panel * (PANEL + 20)
+        known = [_error(found, name) for _, method in shown for found in method.errors.values()]
+        values = [value for value in known if value]
+        if not values:
+            continue
         axis = svg.axis_over(values, start + 4, start + PANEL - 4, logarithmic=True)
         content.append(svg.label(start, 14, f"{name} error", "head"))
         for tick in axis.ticks():

@@ -148,7 +148,7 @@ def save_bench_html(report: BenchReport, path: Path) -> None:
         failures=report.failures,
         recipe=report.recipe,
         environment=report.environment,
-        rows=[row for _, row in entries],
+        rows=list({(row.method, row.seed, row.protocol, row.allocation): row for _, row in entries}.values()),
         omitted=max(0, sum(len(board.ranked) for board in boards) - len(details)),
         **_drawings(details),
     )
@@ -206,16 +206,17 @@ def _line(place: Place, rank: str, columns: Sequence[str]) -> list[str]:
 def _drawings(details: Sequence[MethodDetails]) -> dict[str, object]:
     """The drawings that go through methods site by site."""
     groups = [details[start : start + BESIDE] for start in range(0, len(details), BESIDE)]
-    titles = {index: method.title for index, method in enumerate(details)}
+    widest = strips.scale_range(details)
     return {
-        "sites": [Sites(strips.bit_strips(group), strips.scale_strips(group)) for group in groups],
+        "sites": [Sites(strips.bit_strips(group), strips.scale_strips(group, widest)) for group in groups],
         "widths": strips.used_bits(details),
         "errors": figures.site_errors(details),
+        "error_legend": figures.legend({i: method.title for i, method in enumerate(details) if method.errors}),
         "histories": figures.histories(details),
-        "legend": figures.legend(titles),
+        "history_legend": figures.legend({i: method.title for i, method in enumerate(details) if method.histories}),
         "amplification": AMPLIFICATION,
         "shades": range(2 * strips.LEVELS + 1),
-        "widest": strips.WIDEST,
+        "widest": widest,
     }
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from quantlab.evaluation.interval import Interval, interval
 from quantlab.report.rows import FULL_PRECISION, Row
 
+LARGE = 1e4
+"""Metrics from here on are shown without decimals."""
 RANKED_BY = "fid-to-teacher"
 Entry = tuple[Mapping[str, object], Row]
 """A row with the values of its cell; those of a run are empty."""
@@ -118,8 +120,9 @@ def shown(value: Interval | None, digits: int) -> str:
     """A mean, with the half width of its interval where there are several seeds."""
     if value is None:
         return "-"
-    mean = f"{value.mean:.{digits}f}" if abs(value.mean) < 1e5 else f"{value.mean:.4g}"
-    return mean if value.count < 2 else f"{mean} ± {value.half_width:.{digits}f}"
+    digits = digits if abs(value.mean) < LARGE else 0
+    mean = f"{value.mean:,.{digits}f}"
+    return mean if value.count < 2 else f"{mean} ± {value.half_width:,.{digits}f}"
 
 
 def _places(entries: Sequence[Entry]) -> list[Place]:

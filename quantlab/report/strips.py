@@ -21,8 +21,8 @@ NAME_WIDTH = 6.3
 """Pixels of a character in a site's name."""
 LEVELS = 10
 """Shades on either side of the middle."""
-WIDEST = 4.0
-"""Scales that differ from their site's mean by this factor have the strongest colour."""
+RANGES = (2.0, 4.0, 8.0, 16.0)
+"""The factor from a site's mean that has the strongest colour is the smallest of these that holds all scales."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,17 @@ def bit_strips(methods: Sequence[MethodDetails]) -> Markup:
     return _panels("Bits of the weights", [method.title for method in methods], panels)
 
 
-def scale_strips(methods: Sequence[MethodDetails]) -> Markup:
-    """Each input's scale at every timestep, against the geometric mean of its own scales."""
+def scale_range(methods: Sequence[MethodDetails]) -> float:
+    """By what factor at most a scale differs from its site's mean, as one of RANGES."""
+    tables = [table for method in methods for table in method.scales.values()]
+    widest = max((abs(math.log(scale / _centre(table))) for table in tables for scale in table.scales), default=0.0)
+    return next((factor for factor in RANGES if math.log(factor) >= widest), RANGES[-1])
+
+
+def scale_strips(methods: Sequence[MethodDetails], widest: float) -> Markup:
+    """Each input's scale at every timestep against the geometric mean of its own scales, up to a factor ``widest``."""
     shown = [method for method in methods if method.scales]
-    panels = [{site: _scale_strip(site, table) for site, table in method.scales.items()} for method in shown]
+    panels = [{site: _scale_strip(site, table, widest) for site, table in method.scales.items()} for method in shown]
     return _panels("Activation scales over timesteps", [method.title for method in shown], panels)
 
 
@@ -66,9 +73,14 @@ def _bit_strip(site: str, bits: Sequence[int], widest: int) -> Strip:
     return Strip(cells, f"{mean:.2f}".rstrip("0").rstrip("."), f"{site}: {len(bits)} channels, {mix}; mean {mean:.3f}")
 
 
-def _scale_strip(site: str, table: ScaleTable) -> Strip:
-    centre = math.exp(sum(map(math.log, table.scales)) / len(table.scales))
-    ratios = [math.log(scale / centre) / math.log(WIDEST) for scale in table.scales]
+def _centre(table: ScaleTable) -> float:
+    """The geometric mean of the scales, which are positive."""
+    return math.exp(sum(map(math.log, table.scales)) / len(table.scales))
+
+
+def _scale_strip(site: str, table: ScaleTable, widest: float) -> Strip:
+    centre = _centre(table)
+    ratios = [math.log(scale / centre) / math.log(widest) for scale in table.scales]
     cells = [f"d{round(max(-1.0, min(1.0, ratio)) * LEVELS) + LEVELS}" for ratio in ratios]
     low, high = min(table.scales), max(table.scales)
     steps = f"{len(table.scales)} timesteps from {table.timesteps[0]:g} to {table.timesteps[-1]:g}"

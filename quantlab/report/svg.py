@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 Attributes = Mapping[str, str | float]
+SHORT = 4.0
+"""A logarithmic axis over less than this factor has evenly spaced values, as a linear one does."""
 SERIES = 8
 """Colours for series in the style sheet, --s0 to --s7."""
 
@@ -89,7 +91,7 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Round values for the grid."""
-        if not self.logarithmic:
+        if not self.logarithmic or self.high / self.low < SHORT:
             raw = (self.high - self.low) / 5
             power = 10.0 ** math.floor(math.log10(raw))
             step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from quantlab.allocation.student import tapped_run
-from quantlab.calibration.collect import calibration_batch, watch_inputs
+from quantlab.allocation.student import Student, tapped_run
+from quantlab.calibration.collect import CalibrationBatch, calibration_batch, watch_inputs
 from quantlab.contracts.model import Progress
+from quantlab.graph.captured import CapturedGraph
 from quantlab.report.details import ERRORS_FILE, SCALES_FILE
 from quantlab.stages.context import RunContext
 from quantlab.stages.prepare import Calibrated, Captured
@@ -21,7 +22,9 @@ SAMPLES = 8
 """Trajectories that errors are measured on, at every step: a second for a small model."""
 
 
-def inspect(context: RunContext, captured: Captured, calibrated: Calibrated, final: Quantized, arm: str) -> StageFolder:
+def inspect_sites(
+    context: RunContext, captured: Captured, calibrated: Calibrated, final: Quantized, arm: str
+) -> StageFolder:
     """Write each site's errors and its table of activation scales."""
     count = min(SAMPLES, calibrated.data.num_samples)
     key: dict[str, JSON] = {
@@ -32,23 +35,22 @@ def inspect(context: RunContext, captured: Captured, calibrated: Calibrated, fin
     }
 
     def compute(folder: Path, progress: Progress) -> None:
-        errors = site_errors(captured, calibrated, final, count)
+        batch = calibration_batch(captured.task, calibrated.data, count)
+        errors = site_errors(captured.task.network, captured.graph, final.student, batch)
         (folder / ERRORS_FILE).write_text(json.dumps(errors, indent=1))
-        (folder / SCALES_FILE).write_text(json.dumps(activation_scales(final), indent=1))
+        (folder / SCALES_FILE).write_text(json.dumps(activation_scales(final.student), indent=1))
 
     return context.stage("inspect", f"{arm}: look at the sites", key, compute, link=f"{arm}/inspect")
 
 
 def site_errors(
-    captured: Captured, calibrated: Calibrated, final: Quantized, samples: int
+    teacher: nn.Module, graph: CapturedGraph, student: Student, batch: CalibrationBatch
 ) -> dict[str, dict[str, float | None]]:
     """Relative errors |quantized - float| / |float| of each site's weight and output, None where the float one is 0.
 
     The output error is that of the site alone: both layers get the float network's input.
     """
-    teacher, student = captured.task.network, final.student
-    batch = calibration_batch(captured.task, calibrated.data, samples)
-    run = tapped_run(teacher, captured.graph, ())
+    run = tapped_run(teacher, graph, ())
     squares: dict[str, tuple[float, float]] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -69,10 +71,10 @@ def site_errors(
     return found
 
 
-def activation_scales(final: Quantized) -> dict[str, JSON]:
+def activation_scales(student: Student) -> dict[str, JSON]:
     """Timesteps and scales of every input that has a scale for each of them."""
     found: dict[str, JSON] = {}
-    for name, layer in final.student.layers().items():
+    for name, layer in student.layers().items():
         parameters = layer.input_quantizer.qparams() if layer.input_quantizer is not None else None
         if parameters is not None and parameters.timesteps is not None:
             scales = [float(f"{scale:.6g}") for scale in parameters.scale.tolist()]

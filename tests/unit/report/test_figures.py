@@ -59,7 +59,9 @@ def test_strips_of_wide_layers_are_thinned_and_keep_their_mean() -> None:
 
 
 def test_scales_are_shown_against_their_own_mean() -> None:
-    drawn = strips.scale_strips([details(scales={"conv": ScaleTable([9, 5, 1], [0.1, 0.4, 1.6])})])
+    methods = [details(scales={"conv": ScaleTable([9, 5, 1], [0.1, 0.4, 1.6])})]
+    assert strips.scale_range(methods) == 4 and strips.scale_range([details()]) == 2
+    drawn = strips.scale_strips(methods, 4)
     assert [f'class="d{shade}"' in drawn for shade in (0, strips.LEVELS, 2 * strips.LEVELS)] == [True] * 3
     assert "16.0x" in drawn
 
