@@ -120,7 +120,11 @@ def quantlab_losses() -> Iterable[type[Loss]]:  # type: ignore[empty-body]
 
 @hookspec
 def quantlab_metrics() -> Iterable[type]:  # type: ignore[empty-body]
-    """Metrics: how results are measured; the recipe's ``evaluate.metrics``. Each is a ``torchmetrics.Metric``."""
+    """Metrics: how results are measured; the recipe's ``evaluate.metrics``.
+
+    Each is an ``ImageMetric``. The engine builds it with its Config, calls ``require(task)`` before anything is
+    computed and ``compute(samples)`` for each method; it returns one or more named values, none of them NaN.
+    """
 
 
 @hookspec
