@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         QuantlabError,
         RecipeError,
     )
+    from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.hookspecs import hookimpl
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.functional import fake_quantize, search_scale
@@ -67,6 +68,7 @@ _NAMES = {
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "OUTPUT AdapterSpec Checkpoint ConvAdapter Loss StepContext TuneJob Tuner TuneResult",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
+    "evaluation.samples": "ImageMetric SampleSet",
     "hookspecs": "hookimpl",
     "plugins": "Registry load_registry",
     "quant.functional": "fake_quantize search_scale",
@@ -94,6 +96,7 @@ __all__ = [
     "CaptureError",
     "Checkpoint",
     "ConvAdapter",
+    "ImageMetric",
     "LoadedRecipe",
     "LoadedRun",
     "Loss",
@@ -114,6 +117,7 @@ __all__ = [
     "Registry",
     "RunOptions",
     "RunResult",
+    "SampleSet",
     "Site",
     "SiteData",
     "SiteKind",
