@@ -58,11 +58,11 @@ def size_quality(points: Sequence[SizePoint], floor: float | None, metric: str) 
         for index, point in enumerate(front)
     )
     content.append(svg.element("path", {"d": steps, "class": "front"}))
+    named = points if len(points) <= 8 else front[:8]
+    content += _names([(x(point.size_bytes), y(point.value), point.title) for point in named], width - 12)
     for point in points:
         told = f"{point.title}: {point.size_bytes:,.0f} bytes, {metric} {point.value:.4g}"
         content.append(svg.marker(x(point.size_bytes), y(point.value), point.series, told, 5.5))
-    named = points if len(points) <= 8 else front[:8]
-    content += _names([(x(point.size_bytes), y(point.value), point.title) for point in named], width - 12)
     return svg.drawing(width, height, f"Size against {metric}", content)
 
 
@@ -91,9 +91,7 @@ def site_errors(methods: Sequence[MethodDetails]) -> Markup:
         content.append(svg.label(start, 14, f"{name} error", "head"))
         for tick in axis.ticks():
             content.append(svg.line(axis(tick), top - 4, axis(tick), bottom, "grid"))
-            content.append(
-                svg.label(axis(tick), bottom + 13, f"{tick:.2%}" if tick < 0.01 else f"{tick:.0%}", "num", "middle")
-            )
+            content.append(svg.label(axis(tick), bottom + 13, f"{100 * tick:g}%", "num", "middle"))
         for series, method in shown:
             for row, site in enumerate(sites):
                 value = _error(method.errors.get(site), name)
@@ -163,17 +161,20 @@ def _grid(x: svg.Axis, y: svg.Axis, left: float, right: float, bottom: float, to
 
 
 def _names(places: Sequence[tuple[float, float, str]], right: float) -> list[Markup]:
-    """Names beside points, moved down where they would lie on one another, at the left near the right edge."""
+    """Names beside points, at their left near the right edge; one that would lie on another is left out."""
     content: list[Markup] = []
     taken: list[tuple[float, float, float]] = []
     for x, y, name in sorted(places, key=lambda place: place[1]):
         length = 6.8 * len(name)
         start = x + 10 if x + 10 + length < right else x - 10 - length
-        height = y + 4
-        while any(abs(height - other) < 13 and start < end and begin < start + length for begin, end, other in taken):
-            height += 4
-        taken.append((start, start + length, height))
-        content.append(svg.label(start, height, name, "name"))
+
+        def is_free(height: float, start: float = start, end: float = start + length) -> bool:
+            return not any(abs(height - y2) < 12 and start < x2 and x1 < end for x1, x2, y2 in taken)
+
+        height = next(filter(is_free, (y + 4, y + 17, y - 9)), None)
+        if height is not None:
+            taken.append((start, start + length, height))
+            content.append(svg.label(start, height, name, "name"))
     return content
 
 

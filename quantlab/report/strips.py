@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from quantlab.report.details import MethodDetails, ScaleTable
 
 ROW, STRIP, NOTE, GAP = 15, 132, 36, 14
 """Pixels: height of a row, width of a strip, of the number after it, and between two methods."""
+HEAD = 24
+"""Characters of a method's title in a line."""
 MAX_CELLS = 12_000
 """Cells of one drawing; where there are more channels, a cell is the mean of several."""
 NAME_WIDTH = 6.3
@@ -93,12 +96,15 @@ def _panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str, Stri
     if not sites:
         return Markup("")
     left = NAME_WIDTH * max(map(len, sites)) + GAP
-    top = 24
+    heads = [textwrap.wrap(name, HEAD, break_on_hyphens=False)[:2] for name in names]
+    lines = max(map(len, heads))
+    top = 10 + 14 * lines
     content: list[Markup] = []
     for index, (name, panel) in enumerate(zip(names, panels, strict=True)):
         x = left + index * (STRIP + NOTE + GAP)
-        shown = name if len(name) <= 27 else f"{name[:26]}…"
-        content.append(svg.element("text", {"x": x, "y": 14, "class": "head"}, [svg.tip(name)], shown))
+        for line, words in enumerate(heads[index]):
+            place: svg.Attributes = {"x": x, "y": 14 * (lines - len(heads[index]) + line + 1), "class": "head"}
+            content.append(svg.element("text", place, [svg.tip(name)], words))
         outlines: defaultdict[str, list[str]] = defaultdict(list)
         for row, site in enumerate(sites):
             if site in panel:

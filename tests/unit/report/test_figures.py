@@ -81,3 +81,11 @@ def test_iterations_without_a_value_are_left_out_of_a_curve() -> None:
 def test_long_curves_are_thinned() -> None:
     (drawn,) = figures.histories([details(histories={"loss": [1.0 + index % 2 for index in range(10_000)]})])
     assert len(re.search(r'points="([^"]+)"', drawn).group(1).split()) <= figures.POINTS  # type: ignore[union-attr]
+
+
+def test_names_that_would_lie_on_one_another_are_left_out_and_their_marks_are_not() -> None:
+    points = [SizePoint(f"method {index}", index, 1000.0, 5.0) for index in range(5)]
+    drawn = figures.size_quality(points, 1.0, "FID")
+    assert drawn.count('class="name"') == 3 and drawn.count('class="mark"') == 5
+    assert 'class="floor"' in drawn and "method 4: 1,000 bytes, FID 5" in drawn
+    assert figures.size_quality([], None, "FID") == ""
