@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         QuantlabError,
         RecipeError,
     )
+    from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
     from quantlab.plugins import Registry, load_registry
@@ -89,6 +90,7 @@ _NAMES = {
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
+    "evaluation.samples": "ImageMetric SampleSet",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
     "plugins": "Registry load_registry",
@@ -132,6 +134,7 @@ __all__ = [
     "CorrectionData",
     "CorrectionStep",
     "Grouping",
+    "ImageMetric",
     "LoadedRecipe",
     "LoadedRun",
     "Loss",
@@ -159,6 +162,7 @@ __all__ = [
     "Resource",
     "RunOptions",
     "RunResult",
+    "SampleSet",
     "SamplerProblem",
     "Schedule",
     "Score",

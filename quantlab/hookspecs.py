@@ -149,7 +149,11 @@ def quantlab_corrections() -> Iterable[type[Correction]]:  # type: ignore[empty-
 
 @hookspec
 def quantlab_metrics() -> Iterable[type]:  # type: ignore[empty-body]
-    """Metrics: how results are measured; the recipe's ``evaluate.metrics``. Each is a ``torchmetrics.Metric``."""
+    """Metrics: how results are measured; the recipe's ``evaluate.metrics``.
+
+    Each is an ``ImageMetric``. The engine builds it with its Config, calls ``require(task)`` before anything is
+    computed and ``compute(samples)`` for each method; it returns one or more named values, none of them NaN.
+    """
 
 
 @hookspec

@@ -13,6 +13,7 @@ from quantlab.allocation.plan import Plan, mean_weight_bits
 from quantlab.contracts.model import GenerativeTask
 from quantlab.contracts.site import Site
 from quantlab.errors import RecipeError
+from quantlab.evaluation.features import feature_identity
 from quantlab.plugins import Kind, Registry
 from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
 from quantlab.recipe.choices import chosen, essence
@@ -21,7 +22,7 @@ from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
 from quantlab.report.tables import markdown
-from quantlab.stages import correct, describe, evaluate, prepare, quantize
+from quantlab.stages import correct, describe, evaluate, inspect, measure, prepare, quantize
 from quantlab.stages.context import RunContext
 from quantlab.store import JSON, Store, create_run, digest_of
 
@@ -66,6 +67,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     """Run the recipe's method and its baselines, and measure them beside full precision."""
     recipe, console = loaded.recipe, options.console
     task = load_task(loaded, options.device, options.dtype)
+    measure.require(loaded.registry, task, recipe.evaluate)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
@@ -94,6 +96,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method)
+        inspect.inspect_sites(context, captured, calibrated, final, method)
         final = correct.correct(context, captured, calibrated, final, arm, method)
         measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
         seconds = sum(stage.seconds for stage in final.stages)
@@ -131,6 +134,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
             "plugins": {name: found for arm in arms for name, found in plugin_versions(arm, registry).items()},
             "weights": source(source.Config()).identity(recipe.model),
             "versions": versions,
+            **feature_identity(recipe.evaluate),
         }
     )
 
@@ -138,7 +142,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
 def plugin_versions(recipe: Recipe, registry: Registry) -> dict[str, JSON]:
     """The versions of every plugin class that a recipe's numbers depend on."""
     names = [(kind, choice.name) for kind, _, choice in chosen(recipe)]
-    names += [(Kind.METRIC, name) for name in recipe.evaluate.metrics] + [(Kind.MODEL, recipe.model.source)]
+    names += [(Kind.MODEL, recipe.model.source)]
     return {f"{kind}/{name}": registry.find(kind, name).value.version for kind, name in names}
 
 

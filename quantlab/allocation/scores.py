@@ -96,7 +96,7 @@ class ScoreMeter:
     def _quantized_weight(self, entry: SitePlan, width: int) -> Tensor:
         weight = self.records[entry.site.name].smoothed_weight()
         bits = torch.full((len(weight),), width, dtype=torch.int8)
-        quantizer = self.choices.weight_quantizer(bits).to(weight.device)
+        quantizer = self.choices.weight_quantizer(bits, entry.split).to(weight.device)
         quantizer.observe(weight)
         quantizer.freeze()
         return quantizer(weight).detach()

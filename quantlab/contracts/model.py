@@ -174,3 +174,19 @@ class GenerativeTask(Task):
     @abstractmethod
     def reference(self) -> Reference:
         """The features of the real images."""
+
+    def reference_images(self) -> Tensor:
+        """The real images [M, C, H, W] in [-1, 1]; needed by spatial features and by another feature network."""
+        raise ModelError("the task has no images to compare with", where=type(self).__name__)
+
+    def judge_spatial(self, images: Tensor) -> Tensor:
+        """A feature map of the judging network, flattened [B, S]: where things are, not only what they are."""
+        raise ModelError(
+            "the network that judges has no spatial features",
+            where=type(self).__name__,
+            next_step="leave sfid out of evaluate.metrics, or set evaluate.features to inception",
+        )
+
+    def prompts(self, count: int) -> Sequence[str] | None:
+        """The text of each image of an evaluation; None for a task without prompts."""
+        return None

@@ -134,12 +134,30 @@ class Tune(Strict):
     losses: tuple[Choice, ...] = (Choice(name="mse"),)
 
 
+class Features(StrEnum):
+    """Which network gives the features that distances between sets of images are measured on."""
+
+    JUDGE = "judge"
+    """The task's own classifier."""
+    INCEPTION = "inception"
+    """Inception-v3 as FID is published with, through torch-fidelity."""
+
+
+_METRICS = ("fid", "fid-to-teacher", "is", "precision-recall", "accuracy", "paired-error")
+
+
 class Evaluate(Strict):
     """How the result is measured."""
 
     samples: int = Field(default=1000, ge=2)
     batch: int = Field(default=250, ge=1)
-    metrics: tuple[str, ...] = ("fid", "fid-to-teacher", "is", "precision-recall", "accuracy", "paired-error")
+    metrics: tuple[Choice, ...] = tuple(Choice(name=name) for name in _METRICS)
+    features: Features = Field(
+        default=Features.JUDGE, description="the network of fid, sfid, is, kid, precision-recall"
+    )
+    inception_weights: str | None = Field(
+        default=None, description="file of Inception's weights, from the working folder; none: torch hub's checkpoints"
+    )
     noise_seed: int = Field(default=5, ge=0, le=MAX_SEED, description="of the initial noise; the same for every method")
     grid: int = Field(default=16, ge=0, description="images in the sample grid")
     bootstrap: int = Field(default=0, ge=0, description="resamples of the images for the interval of one seed; 0: none")

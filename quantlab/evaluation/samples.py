@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pydantic import BaseModel
 from torch import Tensor
+
+from quantlab.contracts.model import GenerativeTask
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,15 @@ class SampleSet:
     Attributes:
         images: [N, C, H, W] in [-1, 1].
         labels: the class each image was asked for [N].
-        features: of the images [N, F].
-        logits: of the images [N, K].
+        features: of the images [N, F], by the network that ``evaluate.features`` names.
+        logits: of the task's classifier for the images [N, K].
         teacher_images: the float model's images from the same noise [N, C, H, W].
         teacher_features: of the float model's images from other noise [N, F].
         reference_features: of real images [M, F].
+        spatial: spatial features of the images [N, S], for a metric that ``needs_spatial``.
+        reference_spatial: of real images [M, S].
+        feature_logits: of the network that gives the features [N, L]; the task's classifier without them.
+        prompts: the text that each image was asked for, where a task has prompts.
     """
 
     images: Tensor
@@ -31,14 +38,20 @@ class SampleSet:
     teacher_images: Tensor
     teacher_features: Tensor
     reference_features: Tensor
+    spatial: Tensor | None = None
+    reference_spatial: Tensor | None = None
+    feature_logits: Tensor | None = None
+    prompts: Sequence[str] | None = None
 
     def pick(self, index: Tensor) -> SampleSet:
         """The set with other images in place of its own; what they are compared with stays."""
-        return replace(self, **{name: getattr(self, name)[index] for name in OF_EACH_IMAGE})
+        tensors = {name: value[index] for name in OF_EACH_IMAGE if (value := getattr(self, name)) is not None}
+        prompts = None if self.prompts is None else tuple(self.prompts[place] for place in index.tolist())
+        return replace(self, prompts=prompts, **tensors)
 
 
-OF_EACH_IMAGE = ("images", "labels", "features", "logits", "teacher_images")
-"""What of a SampleSet belongs to an image."""
+OF_EACH_IMAGE = ("images", "labels", "features", "logits", "teacher_images", "spatial", "feature_logits")
+"""The tensors of a SampleSet that belong to an image."""
 
 
 class ImageMetric(ABC):
@@ -48,6 +61,7 @@ class ImageMetric(ABC):
         paired: it compares each image with the float image of the same noise, and means nothing for other noise.
         resamples: its value over images drawn with replacement tells how it varies; false for neighbourhoods, which
             the same image drawn twice would shrink to nothing.
+        needs_spatial: the sample set must hold spatial features.
     """
 
     name: ClassVar[str]
@@ -55,10 +69,18 @@ class ImageMetric(ABC):
     version: ClassVar[int] = 1
     paired: ClassVar[bool] = False
     resamples: ClassVar[bool] = True
+    needs_spatial: ClassVar[bool] = False
     Config: ClassVar[type[BaseModel]]
 
     @abstractmethod
     def __init__(self, config: BaseModel) -> None: ...
+
+    def require(self, task: GenerativeTask) -> None:  # noqa: B027 - most metrics need nothing
+        """Raise before anything is computed when what the metric needs is not at hand.
+
+        Raises:
+            ModelError: a package, a file of weights or a property of the task is missing.
+        """
 
     @abstractmethod
     def compute(self, samples: SampleSet) -> dict[str, float]:

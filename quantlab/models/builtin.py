@@ -196,3 +196,12 @@ class DigitsTask(GenerativeTask):
         images = digits.load_images()[0]
         digest = digest_of([digest_of_file(digits.weights_path(JUDGE)), digest_of(images.tolist())])
         return Reference(self.judge(images.to(self.device))[0], "digits: load_digits, 1797 images", digest)
+
+    def reference_images(self) -> Tensor:
+        """All 1,797 scans."""
+        return digits.load_images()[0]
+
+    def judge_spatial(self, images: Tensor) -> Tensor:
+        """The classifier's last feature map [B, 64, 2, 2], flattened."""
+        with torch.no_grad():
+            return self.classifier.feature_map(images).flatten(1)

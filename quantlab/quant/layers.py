@@ -82,6 +82,11 @@ class _Quantized(nn.Module):
         weight = self.float_weight()
         return weight if self.weight_quantizer is None else self.weight_quantizer(weight)
 
+    def effective_weight(self) -> Tensor:
+        """The quantized weight with the smoothing undone: what stands in the place of the float weight."""
+        weight = self.quantized_weight()
+        return weight if self.smoothing is None else weight / self._weight_smoothing()
+
     def _quantization_error(self) -> Tensor:
         """Weight minus quantized weight, smoothing undone, so that it can be added to the weight."""
         with torch.no_grad():

@@ -62,8 +62,6 @@ def check_plugins(recipe: Recipe, root: Node, registry: Registry) -> Recipe:
         return choice.model_copy(update={"options": checked.model_dump(mode="json")})
 
     registry.find(Kind.MODEL, recipe.model.source, root.reach(("model", "source"))[0].origin)
-    for index, metric in enumerate(recipe.evaluate.metrics):
-        registry.find(Kind.METRIC, metric, root.reach(("evaluate", "metrics", index))[0].origin)
     return with_choices(recipe, complete)
 
 

@@ -17,6 +17,7 @@ LISTS: tuple[tuple[Kind, KeyPath], ...] = (
     (Kind.TUNER, ("tune", "tuners")),
     (Kind.LOSS, ("tune", "losses")),
     (Kind.CORRECTION, ("corrections",)),
+    (Kind.METRIC, ("evaluate", "metrics")),
 )
 """Where a recipe lists plugins."""
 SINGLES: tuple[tuple[Kind, KeyPath], ...] = (

@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from quantlab.quant.accounting import Accounting
 from quantlab.recipe.explain import resolved_yaml
 from quantlab.recipe.load import LoadedRecipe
 from quantlab.report.grid import GridRow, save_grid
-from quantlab.report.html import Report, StageLine, save_html
+from quantlab.report.html import RunReport, StageLine, save_run_html
 from quantlab.report.rows import Row, row_to_json
 from quantlab.report.tables import markdown_of
 from quantlab.stages.context import RunContext, version_of
@@ -114,21 +115,21 @@ def finish(
 ) -> None:
     """Write the sample grid, the page and, last, the metrics: a run with metrics is complete."""
     folder = context.folder.path
-    grid = None
     count = loaded.recipe.evaluate.grid
     if count and images:
-        grid = folder / "samples.png"
-        save_grid([GridRow(title, pixels(each[:count])) for title, each in images], grid)
-    report = Report(
+        save_grid([GridRow(title, pixels(each[:count])) for title, each in images], folder / "samples.png")
+    report = RunReport(
         title=f"{loaded.recipe.name}: {loaded.recipe.method}",
         rows=rows,
+        folder=folder,
+        grid=count,
         coverage=coverage,
         stages=_stages(context),
         recipe=(folder / "recipe.resolved.yaml").read_text(),
+        origins=loaded.origin,
         environment=(folder / "environment.json").read_text(),
-        grid=grid,
     )
-    save_html(report, folder / "report.html")
+    save_run_html(report, folder / "report.html")
     context.folder.write_json("metrics.json", {"schema_version": 1, "rows": [row_to_json(row) for row in rows]})
 
 
@@ -136,7 +137,11 @@ def _stages(context: RunContext) -> list[StageLine]:
     """The stages of this run from its events."""
     file = context.folder.path / "events.jsonl"
     events = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [StageLine(event["stage"], event["seconds"], event["status"]) for event in events if "stage" in event]
+    return [
+        StageLine(event["stage"], event["seconds"], event["status"], Path(event["folder"]).name.rpartition("-")[2])
+        for event in events
+        if "stage" in event
+    ]
 
 
 def pixels(images: Tensor) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,13 @@ from quantlab.allocation.plan import Plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import GenerativeTask, Progress, Run
-from quantlab.contracts.sections import Choice, Evaluate, Sampling
+from quantlab.contracts.sections import Evaluate, Sampling
 from quantlab.errors import NonFiniteError
 from quantlab.evaluation.bootstrap import bootstrap
-from quantlab.evaluation.samples import ImageMetric, SampleSet
+from quantlab.evaluation.features import feature_network
 from quantlab.plugins import Kind
 from quantlab.stages.context import RunContext, as_json
+from quantlab.stages.measure import comparison, measured_with, metrics_of, sample_set, values_of
 from quantlab.stages.prepare import Captured, fingerprint, layer_set_digest
 from quantlab.stages.quantize import Quantized
 from quantlab.store import JSON, StageFolder, digest_of
@@ -142,17 +142,20 @@ def evaluate(
     arm: str,
 ) -> Measured:
     """Draw with a quantized model, or take the float model's own images, and compute the metrics."""
-    names = [Choice(name=name) for name in settings.metrics]
+    network = feature_network(task, settings)
     key: dict[str, JSON] = {
         "version": EVALUATE_VERSION,
         "reference": reference_images.stage.digest,
         "judged_by": task.reference().digest,
         "model": quantized.stage.digest if quantized else "float",
-        "metrics": list(settings.metrics),
-        "plugins": context.versions(*((Kind.METRIC, choice) for choice in names)),
+        "metrics": [choice.name for choice in settings.metrics],
+        "plugins": context.versions(*((Kind.METRIC, choice) for choice in settings.metrics)),
+        **measured_with(context.registry, network, settings),
     }
     if settings.bootstrap:
         key["bootstrap"] = settings.bootstrap
+
+    compared = comparison(context, task, network, reference_images.other, reference_images.stage.digest, settings)
 
     def compute(folder: Path, progress: Progress) -> None:
         if quantized is None:
@@ -160,9 +163,9 @@ def evaluate(
         else:
             run, corrections = quantized.student.run, quantized.corrections
             images = draw(task, run, settings, settings.noise_seed, progress, corrections)
-        samples = sample_set(task, images, reference_images.images, reference_images.other)
-        metrics = [context.registry.create(Kind.METRIC, choice) for choice in names]
-        values = measure(metrics, samples, arm)
+        metrics = metrics_of(context.registry, settings)
+        samples = sample_set(task, network, images, reference_images.images, compared(), metrics)
+        values = values_of(metrics, samples, arm)
         (folder / "metrics.json").write_text(json.dumps(values, indent=1))
         if settings.bootstrap:
             rng = torch.Generator().manual_seed(settings.noise_seed + BOOTSTRAP_NOISE)
@@ -181,53 +184,33 @@ def other_noise(
     context: RunContext, task: GenerativeTask, reference_images: ReferenceImages, settings: Evaluate
 ) -> dict[str, float | None]:
     """The metrics of the float model's images from other noise: how far they lie from its own row is noise alone."""
-    found = [context.registry.create(Kind.METRIC, Choice(name=name)) for name in settings.metrics]
-    metrics = [metric for metric in found if not metric.paired]
+    network = feature_network(task, settings)
+    metrics = [metric for metric in metrics_of(context.registry, settings) if not metric.paired]
     key: dict[str, JSON] = {
         "version": OTHER_NOISE_VERSION,
         "reference": reference_images.stage.digest,
         "judged_by": task.reference().digest,
         "metrics": {metric.name: metric.version for metric in metrics},
+        **measured_with(context.registry, network, settings),
     }
+    # The two sets of float images change places.
+    images, teacher = reference_images.other, reference_images.images
+    compared = comparison(
+        context, task, network, teacher, reference_images.stage.digest, settings, link="other-noise/features"
+    )
 
     def compute(folder: Path, progress: Progress) -> None:
-        samples = sample_set(task, reference_images.other, reference_images.other, reference_images.images)
-        values = measure(metrics, samples, "float, other noise")
+        samples = sample_set(task, network, images, images, compared(), metrics)
+        values = values_of(metrics, samples, "float, other noise")
         (folder / "metrics.json").write_text(json.dumps(values, indent=1))
 
     stage = context.stage("noise", "float, other noise: measure", key, compute, link="other-noise/evaluate")
     return json.loads(stage.file("metrics.json").read_text())
 
 
-def sample_set(task: GenerativeTask, images: Tensor, teacher_images: Tensor, other: Tensor) -> SampleSet:
-    """Images with what they are compared with: the float model's of the same and of other noise, and real ones."""
-    features, logits = (part.cpu() for part in task.judge(images.to(task.device)))
-    return SampleSet(
-        images=images,
-        labels=task.labels(len(images)).cpu(),
-        features=features,
-        logits=logits,
-        teacher_images=teacher_images,
-        teacher_features=task.judge(other.to(task.device))[0].cpu(),
-        reference_features=task.reference().features.cpu(),
-    )
-
-
-def measure(metrics: Sequence[ImageMetric], samples: SampleSet, arm: str) -> dict[str, float | None]:
-    """Every metric's values by name; None for infinity. Raises NonFiniteError for what is not a number."""
-    values: dict[str, float | None] = {}
-    for metric in metrics:
-        for name, value in metric.compute(samples).items():
-            if math.isnan(value):
-                raise NonFiniteError("a metric is not a number", where=f"metric {name}", got=f"{arm}, {value}")
-            # Equal images have an infinite PSNR, which JSON cannot hold.
-            values[name] = value if math.isfinite(value) else None
-    return values
-
-
 def protocol(context: RunContext, task: GenerativeTask, sampling: Sampling, settings: Evaluate, plan: Plan) -> Protocol:
     """What a row of this run may be compared by."""
-    metrics = [Choice(name=name) for name in settings.metrics]
+    network = feature_network(task, settings)
     return Protocol(
         {
             "weights": fingerprint(task),
@@ -235,7 +218,8 @@ def protocol(context: RunContext, task: GenerativeTask, sampling: Sampling, sett
             "sampling": as_json(sampling),
             "samples": settings.samples,
             "noise_seed": settings.noise_seed,
-            "metrics": context.versions(*((Kind.METRIC, choice) for choice in metrics)),
+            "metrics": context.versions(*((Kind.METRIC, choice) for choice in settings.metrics)),
             "layers": layer_set_digest(plan),
+            **measured_with(context.registry, network, settings),
         }
     )

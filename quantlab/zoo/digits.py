@@ -91,12 +91,15 @@ class DigitClassifier(nn.Module):
         self.hidden = nn.Linear(64 * 4, FEATURES)
         self.head = nn.Linear(FEATURES, NUM_CLASSES)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Activations after the ReLU of the hidden layer: [B, 1, 8, 8] -> [B, 64]."""
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Activations after the ReLU of the last convolution: [B, 1, 8, 8] -> [B, 64, 2, 2]."""
         x = F.relu(self.conv1(images))
         x = F.relu(self.conv2(x))
-        x = F.relu(self.conv3(x))
-        return F.relu(self.hidden(x.flatten(1)))
+        return F.relu(self.conv3(x))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Activations after the ReLU of the hidden layer: [B, 1, 8, 8] -> [B, 64]."""
+        return F.relu(self.hidden(self.feature_map(images).flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits: [B, 1, 8, 8] -> [B, 10]."""

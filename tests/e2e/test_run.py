@@ -52,6 +52,9 @@ def test_rows_and_files(finished) -> None:
     assert names >= {"recipe.yaml", "recipe.resolved.yaml", "environment.json", "plan.json", "events.jsonl"}
     assert names >= {"metrics.json", "samples.png", "report.html", "capture", "calibrate", "reference", "mpq-dm"}
     assert (result.folder / "report.html").stat().st_size < 5e6
+    page = (result.folder / "report.html").read_text()
+    for part in ('id="samples"', 'id="bits"', 'id="errors"', 'id="scales"', 'id="tuning"', "mid_block.resnets.0.conv1"):
+        assert part in page, part
 
 
 def test_the_second_run_reuses_every_stage(finished) -> None:

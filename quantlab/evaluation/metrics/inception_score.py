@@ -50,7 +50,7 @@ class InceptionScoreMetric(ImageMetric):
         self.config = config
 
     def compute(self, samples: SampleSet) -> dict[str, float]:
-        """``is``."""
+        """``is``, of the logits of the network that gives the features."""
         metric = InceptionScore()
-        metric.update(samples.logits)
+        metric.update(samples.logits if samples.feature_logits is None else samples.feature_logits)
         return {"is": metric.compute().item()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,9 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from quantlab.contracts.config import Strict
 from quantlab.evaluation.samples import ImageMetric, SampleSet
+
+CHUNK_ELEMENTS = 1 << 24
+"""Distances held in memory at once: 128 MiB of float64."""
 
 
 class PrecisionRecallConfig(Strict):
@@ -44,15 +48,26 @@ class ManifoldPrecisionRecall(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """Precision and recall, 0 to 1."""
         real, generated = dim_zero_cat(self.real), dim_zero_cat(self.generated)
-        distance = torch.cdist(generated, real, compute_mode="donot_use_mm_for_euclid_dist")
-        precision = (distance <= self._radii(real)[None, :]).any(1).double().mean()
-        recall = (distance <= self._radii(generated)[:, None]).any(0).double().mean()
-        return precision, recall
+        real_radii, generated_radii = self._radii(real), self._radii(generated)
+        inside: list[Tensor] = []
+        covered = torch.zeros(len(real), dtype=torch.bool)
+        for start, distance in _distances(generated, real):
+            inside.append((distance <= real_radii[None, :]).any(1))
+            covered |= (distance <= generated_radii[start : start + len(distance), None]).any(0)
+        return torch.cat(inside).double().mean(), covered.double().mean()
 
     def _radii(self, points: Tensor) -> Tensor:
-        """Distance of each point to its k-th nearest other point."""
-        distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-        return distance.kthvalue(min(self.neighbours + 1, len(points)), dim=1).values
+        """Distance of each point to its k-th nearest other point; a point's duplicates are other points."""
+        k = min(self.neighbours + 1, len(points))  # each point is its own nearest, at distance 0
+        return torch.cat([distance.kthvalue(k, dim=1).values for _, distance in _distances(points, points)])
+
+
+def _distances(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Euclidean distances of some of the rows to all columns, with the index of the first of these rows."""
+    count = max(1, CHUNK_ELEMENTS // len(columns))
+    for start in range(0, len(rows), count):
+        part = rows[start : start + count]
+        yield start, torch.cdist(part, columns, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class PrecisionRecall(ImageMetric):

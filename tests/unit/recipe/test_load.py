@@ -62,7 +62,7 @@ def test_plugin_options_are_completed_with_their_defaults(registry, write):
         ("tune.losses.1=lp", lambda r: [loss.name for loss in r.tune.losses] == ["mse", "lp"]),
         ("tune.tuners=[]", lambda r: r.tune.tuners == ()),
         ("tune.tuners.0.distill.groups=2", lambda r: r.tune.tuners[0].options["groups"] == 2),
-        ("evaluate.metrics=[fid]", lambda r: r.evaluate.metrics == ("fid",)),
+        ("evaluate.metrics=[fid]", lambda r: [metric.name for metric in r.evaluate.metrics] == ["fid"]),
         ("tune.adapter_learning_rate=1e-3", lambda r: r.tune.adapter_learning_rate == 1e-3),
         ("budget={weight_bits: 3}", lambda r: (r.budget.weight_bits, r.budget.extra_bit_fraction) == (3, 0.1)),
         ("name=other/name", lambda r: r.name == "other/name"),

@@ -9,7 +9,6 @@ from PIL import Image
 from quantlab.errors import ArtefactError
 from quantlab.report.console import Console, Verbosity
 from quantlab.report.grid import GAP, GridRow, save_grid
-from quantlab.report.html import Report, StageLine, save_html
 from quantlab.report.rows import FULL_PRECISION, Row, row_from_json, row_to_json
 from quantlab.report.summary import summarize
 from quantlab.report.tables import markdown
@@ -76,22 +75,6 @@ def test_a_long_title_does_not_reach_into_the_images(tmp_path) -> None:
     columns = np.flatnonzero((pixels[GAP : GAP + 48, :, 0] == 0).all(0))
     assert len(columns) == 48, "the image's own columns, untouched"
     assert (pixels[:, columns[0] - GAP : columns[0]] == 255).all(), "white before it"
-
-
-def test_what_comes_from_a_recipe_is_escaped(tmp_path) -> None:
-    report = Report(
-        title="<script>alert(1)</script>",
-        rows=[row("<b>bold</b>")],
-        coverage="<i>",
-        stages=[StageLine("<img src=x>", 1.0, "computed")],
-        recipe="</pre><script>",
-        environment="{}",
-        grid=None,
-    )
-    save_html(report, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert "<script>" not in page and "<b>bold" not in page and "<img src=x" not in page
-    assert "&lt;script&gt;" in page
 
 
 def test_plain_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
