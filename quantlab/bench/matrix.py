@@ -10,7 +10,7 @@ from quantlab.bench.cells import choose, expand, job_of
 from quantlab.bench.display import display
 from quantlab.bench.file import BenchFile, read_bench
 from quantlab.bench.launch import InProcess, Launcher
-from quantlab.bench.result import BenchResult, collect, forget_failure, write_failure
+from quantlab.bench.result import BenchResult, collect, forget_failure, save_page, write_failure
 from quantlab.plugins import Registry
 from quantlab.recipe.find import find_recipe, recipe_name
 from quantlab.report.console import Console
@@ -71,5 +71,7 @@ def run_matrix(
             if outcome.failure is not None:
                 write_failure(folder, todo[outcome.job.result][1], outcome.failure)
             shown.finished(outcome)
-    collect(title, folder, known, bench_file.baseline).write()
+    everything = collect(title, folder, known, bench_file.baseline)
+    everything.write()
+    save_page(everything, known, runs_dir, bench_file)
     return collect(title, folder, chosen, bench_file.baseline)

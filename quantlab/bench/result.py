@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantlab.bench.cells import Cell
+from quantlab.bench.file import BenchFile
 from quantlab.report.formats import Table, TableFormat
+from quantlab.report.html import BenchCell, BenchReport, save_bench_html
 from quantlab.report.records import summary_records
-from quantlab.report.sources import SUMMARY, ValuedRow, read_result
+from quantlab.report.sources import SUMMARY, ValuedRow, read_result, read_run
 from quantlab.report.summary import FailedCell, Summary, summarize
 from quantlab.store import atomic_write_json, atomic_write_text
 
@@ -65,6 +67,19 @@ class BenchResult:
     def _table(self) -> Table:
         summary = self.summary()
         return Table(summary.cells(), summary_records(summary), self.notes)
+
+
+def save_page(result: BenchResult, cells: Sequence[Cell], runs_dir: Path, bench_file: BenchFile) -> None:
+    """Write ``report.html`` beside the results; runs that are still in ``runs_dir`` are shown site by site."""
+    shown = []
+    for cell in cells:
+        file = result.folder / f"{cell.file_name}.json"
+        if file.exists():
+            run = read_run(file)
+            folder = runs_dir / run if run and (runs_dir / run).is_dir() else None
+            shown.append(BenchCell(cell.title, cell.values, [row for _, row in read_result(file)], folder))
+    report = BenchReport(result.title, shown, result.failures, bench_file.model_dump_json(indent=1, exclude_defaults=True))
+    save_bench_html(report, result.folder / "report.html")
 
 
 def collect(title: str, folder: Path, cells: Sequence[Cell], baseline: str | None) -> BenchResult:

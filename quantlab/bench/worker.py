@@ -25,7 +25,7 @@ from quantlab.recipe.load import load_recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import row_to_json
 from quantlab.run import RunOptions, run
-from quantlab.store import atomic_write_json
+from quantlab.store import JSON, atomic_write_json
 
 TIED = "--tied"
 """The worker ends when its standard input does: so that none outlives a launcher that was killed."""
@@ -37,8 +37,12 @@ def run_cell(job: CellJob, registry: Registry, console: Console) -> str | None:
     try:
         loaded = load_recipe(job.recipe, job.overrides, registry, job.profile)
         result = run(loaded, RunOptions(Path(job.runs_dir), "cpu", "float32", False, console))
-        record = {"values": dict(job.values), "rows": [row_to_json(row) for row in result.rows]}
-        atomic_write_json(Path(job.result), record)  # type: ignore[arg-type]
+        record: dict[str, JSON] = {
+            "values": dict(job.values),  # type: ignore[dict-item]
+            "rows": [row_to_json(row) for row in result.rows],
+            "run": result.folder.relative_to(job.runs_dir).as_posix() if result.folder else None,
+        }
+        atomic_write_json(Path(job.result), record)
     except Exception as error:
         return str(error if isinstance(error, QuantlabError) else unforeseen(error))
     return None

@@ -37,6 +37,12 @@ def read_result(file: Path) -> list[ValuedRow]:
     return [(values, row_from_json(row, str(file))) for row in rows]
 
 
+def read_run(file: Path) -> str | None:
+    """The run that computed a cell, as a path inside the folder of runs; None for a result that does not say."""
+    run = read_json(file).get("run")
+    return run if isinstance(run, str) and ".." not in Path(run).parts and not Path(run).is_absolute() else None
+
+
 def read_rows(paths: Sequence[Path]) -> list[ValuedRow]:
     """The rows of all of them; when they are of several benches or recipes, ``values`` has which.
 
