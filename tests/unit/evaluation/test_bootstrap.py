@@ -15,7 +15,7 @@ from quantlab.evaluation.metrics.precision_recall import PrecisionRecallConfig
 from quantlab.evaluation.samples import OF_EACH_IMAGE, SampleSet
 
 N = 60
-COMPARED_WITH = {"teacher_features", "reference_features"}
+COMPARED_WITH = {"teacher_features", "reference_features", "reference_spatial"}
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -94,4 +94,4 @@ def test_a_seed_gives_one_interval(samples) -> None:
 
 
 def test_every_part_of_a_sample_set_belongs_to_an_image_or_not() -> None:
-    assert {field.name for field in fields(SampleSet)} == {*OF_EACH_IMAGE, *COMPARED_WITH}
+    assert {field.name for field in fields(SampleSet)} == {*OF_EACH_IMAGE, *COMPARED_WITH, "prompts"}

@@ -38,7 +38,7 @@ def assigned(root: Path, policy: dict, weight_bits: int = 3, **sections) -> quan
     run = create_run(root, "memory", "0" * 16)
     context = RunContext(Store(root), run, load_registry(), make_console(quiet=True))
     captured = prepare.capture(context, task)
-    plan = prepare.plan(captured.sites, recipe.keep, recipe.budget, {})
+    plan = prepare.plan(captured.sites, recipe, {})
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     return quantize.assign_bits(context, captured, calibrated, plan, recipe, "toy")
 
