@@ -7,7 +7,7 @@ import torch
 
 from quantlab.contracts.sections import Sampling
 from quantlab.sampling import SampleStep, Schedule
-from quantlab.zoo.train import noise_schedule
+from quantlab.zoo.denoiser import noise_schedule
 
 
 def schedule(**settings: object) -> Schedule:
