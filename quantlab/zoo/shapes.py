@@ -114,6 +114,6 @@ DATA = Data(
     real_name=f"shapes: {NUM_REAL} images of seed {REAL_SEED}",
     digest=digest_of_images,
 )
-JUDGE = JudgeModel("shapes-classifier", DATA, ShapeClassifier, ClassifierSettings(iterations=2000))
+JUDGE = JudgeModel("shapes-classifier", DATA, ShapeClassifier, ClassifierSettings(iterations=1200))
 SETTINGS = DenoiserSettings(iterations=6000, batch=32, learning_rate=1e-3, decay=1500, ema_decay=0.999)
 DENOISERS = (DenoiserModel("shapes", JUDGE, build_unet, SETTINGS),)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ Log = Callable[[int, int, float], None]
 """Called with the iteration, the number of iterations and the loss, a running mean where it is a denoiser's."""
 
 LOG_EVERY = 10
+"""Iterations of a denoiser after which its loss is noted; a twentieth of a training is a multiple of it."""
 KEEP_EVERY = 100
 """Iterations of a denoiser after which its state is written, so that a killed training goes on."""
 
@@ -34,7 +36,7 @@ def train(name: str, folder: Path, log: Log = _quiet) -> Path:
 
     Raises:
         RecipeError: no zoo model has this name.
-        ArtefactError: the folder holds the state of a training with other settings.
+        ArtefactError: the folder holds the state of a stopped training that is damaged or had other settings.
     """
     known = {**DENOISERS, **JUDGES}
     if name not in known:
@@ -88,14 +90,20 @@ def _train_denoiser(model: DenoiserModel, folder: Path, log: Log) -> Path:
 
 def _go_on(training: Training, partial: Path, settings: dict[str, object]) -> dict:
     """Put a training where an earlier one was stopped; returns the record up to there."""
-    kept = torch.load(partial, weights_only=True)
+    next_step = "delete the file, or give another --output"
+    try:
+        kept = torch.load(partial, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ArtefactError(
+            "the training that was stopped cannot be read", where=str(partial), got=error, next_step=next_step
+        ) from error
     if kept["record"]["settings"] != settings:
         raise ArtefactError(
             "the training that was stopped had other settings",
             where=str(partial),
             got=str(kept["record"]["settings"]),
             allowed=str(settings),
-            next_step="delete the file, or give another --output",
+            next_step=next_step,
         )
     training.restore(kept["training"])
     return kept["record"]
@@ -105,7 +113,7 @@ def _is_logged(iteration: int, iterations: int) -> bool:
     return iteration % max(1, iterations // 20) == 0
 
 
-def save(model: nn.Module, name: str, folder: Path, record: dict[str, object]) -> Path:
+def save(model: nn.Module, name: str, folder: Path, record: Mapping[str, object]) -> Path:
     """Write a model as fp16 safetensors with its training record beside it; returns the weights' path."""
     from safetensors.torch import save_file
 

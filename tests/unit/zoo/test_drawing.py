@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantlab.zoo import drawing
-
+from quantlab.zoo import drawing, shapes
+from quantlab.zoo.models import load_judge
 
 GOLDEN = [-194.409, -5703.753, 11172.242]
 
@@ -54,6 +54,15 @@ def test_a_class_differs_from_the_next_in_its_shape_alone(label: int) -> None:
     change = (images - others).abs().amax(1)
     assert (change.flatten(1).amax(1) > 0.3).all(), "every image has another shape"
     assert (change[:, [0, 0, -1, -1], [0, -1, 0, -1]] < 0.3).all(1).float().mean() > 0.7, "on the same background"
+
+
+def test_the_judge_knows_new_images() -> None:
+    images, labels = draw(1000, seed=123)
+    with torch.no_grad():
+        logits = load_judge(shapes.JUDGE)(
+            images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        )
+    assert (logits.argmax(1) == labels).float().mean() > 0.97
 
 
 def test_a_disc_covers_its_area() -> None:

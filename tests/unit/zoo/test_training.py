@@ -59,7 +59,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights_and_losses(short: Denois
     assert {path.name for path in parts.parent.iterdir()} == {"short.safetensors", "short.json"}
 
 
-def test_the_state_of_other_settings_is_refused(
+def test_the_state_of_other_settings_or_half_a_state_is_refused(
     short: DenoiserModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -68,7 +68,11 @@ def test_the_state_of_other_settings_is_refused(
     monkeypatch.setitem(DENOISERS, "short", changed)  # type: ignore[arg-type]
     with pytest.raises(ArtefactError, match="other settings") as error:
         train("short", tmp_path)
-    assert str(tmp_path / "short.partial.pt") in str(error.value)
+    partial = tmp_path / "short.partial.pt"
+    assert str(partial) in str(error.value)
+    partial.write_bytes(partial.read_bytes()[:100])
+    with pytest.raises(ArtefactError, match=r"cannot be read(.|\n)*delete the file"):
+        train("short", tmp_path)
 
 
 def test_a_longer_training_begins_as_a_shorter_one(short: DenoiserModel, monkeypatch: pytest.MonkeyPatch) -> None:
