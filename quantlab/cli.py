@@ -297,7 +297,7 @@ def zoo_train(
 
 @zoo_app.command("check")
 def zoo_check(
-    name: Annotated[str, typer.Argument(help="a denoiser that ships: digits, digits-heavy or shapes")],
+    name: Annotated[str, typer.Argument(help="a denoiser that ships: digits or digits-heavy")],
     samples: Annotated[int, typer.Option("--samples", min=200, help="how many images to draw")] = 3000,
     steps: Annotated[int, typer.Option("--steps", min=1, help="denoising steps")] = 20,
     verbose: VerboseOption = False,

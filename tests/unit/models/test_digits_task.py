@@ -29,8 +29,9 @@ def run_of(task: BuiltinTask):
     return lambda inputs: task.network(**inputs, **task.static)[0]
 
 
-def test_guidance_is_one_doubled_call() -> None:
-    guided, plain = load(steps=4, guidance=1.5), load(steps=4)
+@pytest.mark.parametrize("name", ["digits", "digits-heavy"])
+def test_guidance_is_one_doubled_call(name: str) -> None:
+    guided, plain = load(name, steps=4, guidance=1.5), load(name, steps=4)
     inputs = guided.example_inputs(3)
     doubled = guided.network_inputs(inputs)
     assert len(doubled["sample"]) == 6 and doubled["class_labels"][:3].tolist() == [10] * 3
@@ -42,9 +43,11 @@ def test_guidance_is_one_doubled_call() -> None:
     assert inputs["class_labels"].tolist() == [0, 1, 2], "the samples' own labels are not changed"
 
 
-def test_calibration_is_the_trajectory(task: BuiltinTask) -> None:
+@pytest.mark.parametrize("name", ["digits", "digits-heavy"])
+def test_calibration_is_the_trajectory(name: str) -> None:
+    task = load(name, steps=4)
     data = task.calibrate(run_of(task), 3, torch.Generator().manual_seed(0), lambda done, total: None)
-    assert data.outputs.shape == (4, 3, 1, 8, 8)
+    assert data.outputs.shape == (4, 3, *task.data.image_shape)
     assert data.inputs["timestep"][:, 0].tolist() == [751, 501, 251, 1]
     for index in range(3):
         after = task.schedule.step(index, data.outputs[index], data.inputs["sample"][index])
@@ -75,6 +78,17 @@ def test_shipped_models_draw_what_is_asked_for(name: str) -> None:
     images = task.sample(run_of(task), task.draw_noise(100, 1), labels, range(100))
     accuracy = (task.judge(images)[1].argmax(1) == labels).float().mean()
     assert accuracy > 0.9
+
+
+@pytest.mark.parametrize(("name", "identity"), [("digits", "b862943a1c5df010"), ("digits-heavy", "a34133999fa7a209")])
+def test_results_of_earlier_versions_stay_comparable(name: str, identity: str) -> None:
+    assert BuiltinSource(BuiltinConfig()).identity(Model(name=name)) == identity
+    reference = load(name).reference()
+    assert (reference.name, reference.digest) == ("digits: load_digits, 1797 images", "d0031ffed2225fd9")
+
+
+def test_features_of_the_reference_are_computed_once(task: BuiltinTask) -> None:
+    assert task.reference() is task.reference()
 
 
 def test_only_the_heavy_model_has_heavy_tails() -> None:
