@@ -18,11 +18,20 @@ from quantlab.zoo.description import DenoiserModel
 from quantlab.zoo.models import DENOISERS, JUDGES
 from quantlab.zoo.train import train
 
+(SHAPES,) = shapes.DENOISERS
+
 
 @pytest.mark.parametrize(("name", "losses"), [("digits", [1.109760, 1.052865]), ("digits-heavy", [1.120167, 1.079541])])
 def test_digits_begin_as_the_shipped_ones_did(name: str, losses: list[float]) -> None:
     training = Training(DENOISERS[name])
     assert [training.step() for _ in losses] == pytest.approx(losses, abs=1e-5)
+
+
+def test_the_shapes_denoiser_is_of_the_size_that_may_ship() -> None:
+    training = Training(replace(SHAPES, settings=replace(SHAPES.settings, batch=4)))
+    count = sum(value.numel() for value in training.network.parameters())
+    assert 2e6 < count < 4e6 and 2 * count < 7.5e6, "in fp16, with the judge below 8 MB"
+    assert training.step() == pytest.approx(1.0, abs=0.3), "an untrained network says nothing about the noise"
 
 
 @pytest.fixture
