@@ -341,11 +341,13 @@ def sweep(
 
 @zoo_app.command("train")
 def zoo_train(
-    name: Annotated[str, typer.Argument(help="digits, digits-heavy or digits-classifier")],
+    name: Annotated[
+        str, typer.Argument(help="a denoiser, or the classifier that judges it: digits-classifier, shapes-classifier")
+    ],
     output: Annotated[Path, typer.Option("--output", help="folder for the weights")] = Path("zoo"),
     verbose: VerboseOption = False,
 ) -> None:
-    """Train a model that ships once more; five to eight minutes on one core."""
+    """Train a model that ships once more, on one core: digits in minutes, shapes in an hour. A stopped one goes on."""
     with told(verbose):
         from quantlab.zoo.train import train
 
@@ -354,7 +356,7 @@ def zoo_train(
 
 @zoo_app.command("check")
 def zoo_check(
-    name: Annotated[str, typer.Argument(help="digits or digits-heavy")],
+    name: Annotated[str, typer.Argument(help="a denoiser that ships: digits or digits-heavy")],
     samples: Annotated[int, typer.Option("--samples", min=200, help="how many images to draw")] = 3000,
     steps: Annotated[int, typer.Option("--steps", min=1, help="denoising steps")] = 20,
     verbose: VerboseOption = False,

@@ -78,7 +78,9 @@ def save_page(result: BenchResult, cells: Sequence[Cell], runs_dir: Path, bench_
             run = read_run(file)
             folder = runs_dir / run if run and (runs_dir / run).is_dir() else None
             shown.append(BenchCell(cell.title, cell.values, [row for _, row in read_result(file)], folder))
-    report = BenchReport(result.title, shown, result.failures, bench_file.model_dump_json(indent=1, exclude_defaults=True))
+    report = BenchReport(
+        result.title, shown, result.failures, bench_file.model_dump_json(indent=1, exclude_defaults=True)
+    )
     save_bench_html(report, result.folder / "report.html")
 
 

@@ -17,11 +17,9 @@ from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import RecipeError, nearest
 from quantlab.sampling import SampleStep, Schedule
 from quantlab.store import digest_of, digest_of_file
-from quantlab.zoo import digits
-from quantlab.zoo.train import DenoiserSettings, noise_schedule
-
-JUDGE = "digits-classifier"
-"""The network whose features and classes images are judged by."""
+from quantlab.zoo.denoiser import Noised, add_noise, noise_schedule
+from quantlab.zoo.description import TRAIN_TIMESTEPS, DenoiserModel, Draw
+from quantlab.zoo.models import DENOISERS, load_denoiser, load_judge, weights_path
 
 
 class BuiltinConfig(Strict):
@@ -34,42 +32,42 @@ class BuiltinSource:
     name: ClassVar[str] = "builtin"
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
-    models: ClassVar[Collection[str]] = tuple(digits.INITIALISATIONS)
+    models: ClassVar[Collection[str]] = tuple(DENOISERS)
     Config = BuiltinConfig
 
     def __init__(self, config: BuiltinConfig) -> None:
         self.config = config
 
-    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> DigitsTask:
+    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> BuiltinTask:
         """A task by the model's name, its network on ``device`` in ``dtype``.
 
         Raises:
             RecipeError: no model has this name.
             ModelError: its weights cannot be read.
         """
-        if model.name not in digits.INITIALISATIONS:
-            known = ", ".join(digits.INITIALISATIONS)
+        if model.name not in DENOISERS:
             raise RecipeError(
                 "there is no such model",
                 where="model.name",
                 got=model.name,
-                allowed=known,
-                next_step=nearest(model.name, digits.INITIALISATIONS),
+                allowed=", ".join(DENOISERS),
+                next_step=nearest(model.name, DENOISERS),
             )
-        return DigitsTask(model.name, sampling, device, dtype, Path(model.weights) if model.weights else None)
+        weights = Path(model.weights) if model.weights else None
+        return BuiltinTask(DENOISERS[model.name], sampling, device, dtype, weights)
 
     def identity(self, model: Model) -> str:
         """Hash of the weights of the network and of its judge."""
-        network = Path(model.weights) if model.weights else digits.weights_path(model.name)
-        files = (network, digits.weights_path(JUDGE))
+        network = Path(model.weights) if model.weights else weights_path(model.name)
+        files = (network, weights_path(DENOISERS[model.name].judge.name))
         return digest_of([digest_of_file(file) if file.is_file() else "missing" for file in files])
 
 
-class DigitsTask(GenerativeTask):
-    """A class-conditional denoiser of 8x8 digits, with classifier-free guidance.
+class BuiltinTask(GenerativeTask):
+    """A class-conditional denoiser of the zoo, with classifier-free guidance.
 
     Args:
-        name: of the zoo's model.
+        model: of the zoo.
         sampling: how images are drawn.
         device: where the networks go.
         dtype: what the denoiser computes in.
@@ -80,13 +78,19 @@ class DigitsTask(GenerativeTask):
     """
 
     def __init__(
-        self, name: str, sampling: Sampling, device: torch.device, dtype: torch.dtype, weights: Path | None = None
+        self,
+        model: DenoiserModel,
+        sampling: Sampling,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: Path | None = None,
     ) -> None:
-        self.name, self.device, self.dtype = name, device, dtype
-        self.network = digits.load_unet(name, weights)
+        self.name, self.device, self.dtype = model.name, device, dtype
+        self.data, self.judged_by, self.drop_label = model.data, model.judge, model.settings.drop_label
+        self.network = load_denoiser(model, weights)
         # Not diffusers' own ``to``, which warns about an empty list of modules.
         nn.Module.to(self.network, device=device, dtype=dtype)
-        self.classifier = digits.load_classifier().to(device)
+        self.classifier = load_judge(model.judge).to(device)
         self.timestep_input = "timestep"
         self.static: Mapping[str, object] = {"return_dict": False}
         self.schedule = Schedule(noise_schedule(), sampling)
@@ -100,8 +104,8 @@ class DigitsTask(GenerativeTask):
         """Noise at spread timesteps."""
         rng = torch.Generator().manual_seed(0)
         return {
-            "sample": torch.randn(batch, *digits.IMAGE_SHAPE, generator=rng).to(self.device, self.dtype),
-            "timestep": torch.arange(batch, device=self.device) * 37 % digits.TRAIN_TIMESTEPS,
+            "sample": torch.randn(batch, *self.data.image_shape, generator=rng).to(self.device, self.dtype),
+            "timestep": torch.arange(batch, device=self.device) * 37 % TRAIN_TIMESTEPS,
             "class_labels": self.labels(batch),
         }
 
@@ -110,7 +114,7 @@ class DigitsTask(GenerativeTask):
         if self.guidance == 1.0:
             return dict(inputs)
         doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
-        doubled["class_labels"][: len(inputs["class_labels"])] = digits.NULL_CLASS
+        doubled["class_labels"][: len(inputs["class_labels"])] = self.data.num_classes
         return doubled
 
     def combine(self, output: Tensor, inputs: Inputs) -> Tensor:
@@ -126,7 +130,7 @@ class DigitsTask(GenerativeTask):
 
     def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Trajectories from noise to image, classes in turn."""
-        noise = torch.randn(num_samples, *digits.IMAGE_SHAPE, generator=rng).to(self.device, self.dtype)
+        noise = torch.randn(num_samples, *self.data.image_shape, generator=rng).to(self.device, self.dtype)
         steps: list[SampleStep] = []
 
         def keep(step: SampleStep) -> None:
@@ -140,32 +144,28 @@ class DigitsTask(GenerativeTask):
         return CalibrationSet(inputs, torch.stack([step.prediction for step in steps]))
 
     @cached_property
-    def _scans(self) -> tuple[Tensor, Tensor]:
-        return digits.load_images()
+    def _draw(self) -> Draw:
+        return self.data.open()
 
     def training_batch(self, size: int, rng: torch.Generator) -> TrainingBatch:
-        """Scans with noise at random timesteps, a tenth of them without class, as the denoiser was trained."""
-        images, labels = self._scans
-        pick = torch.randint(len(images), (size,), generator=rng)
-        timestep = torch.randint(digits.TRAIN_TIMESTEPS, (size,), generator=rng)
-        noise = torch.randn(size, *digits.IMAGE_SHAPE, generator=rng)
-        dropped = torch.rand(size, generator=rng) < DenoiserSettings().drop_label
-        signal = noise_schedule()[timestep].view(-1, 1, 1, 1)
+        """Images with noise at random timesteps, a share of them without class, as the denoiser was trained."""
+        images, labels = self._draw(size, rng)
+        batch: Noised = add_noise(images, labels, self.data.num_classes, self.drop_label, rng)
         inputs = {
-            "sample": (signal.sqrt() * images[pick] + (1 - signal).sqrt() * noise).to(self.device, self.dtype),
-            "timestep": timestep.to(self.device),
-            "class_labels": labels[pick].masked_fill(dropped, digits.NULL_CLASS).to(self.device),
+            "sample": batch.sample.to(self.device, self.dtype),
+            "timestep": batch.timestep.to(self.device),
+            "class_labels": batch.label.to(self.device),
         }
-        return TrainingBatch(inputs, noise.to(self.device, self.dtype))
+        return TrainingBatch(inputs, batch.noise.to(self.device, self.dtype))
 
     def draw_noise(self, count: int, seed: int) -> Tensor:
-        """Normal noise [count, 1, 8, 8]."""
+        """Normal noise [count, C, H, W]."""
         rng = torch.Generator().manual_seed(seed)
-        return torch.randn(count, *digits.IMAGE_SHAPE, generator=rng).to(self.device, self.dtype)
+        return torch.randn(count, *self.data.image_shape, generator=rng).to(self.device, self.dtype)
 
     def labels(self, count: int) -> Tensor:
-        """Classes in turn: 0, 1, ..., 9, 0, ..."""
-        return torch.arange(count, device=self.device) % digits.NUM_CLASSES
+        """Classes in turn: 0, 1, ..., the last, 0, ..."""
+        return torch.arange(count, device=self.device) % self.data.num_classes
 
     def sample(
         self,
@@ -175,7 +175,7 @@ class DigitsTask(GenerativeTask):
         seeds: Sequence[int],
         corrections: Sequence[FittedCorrection] = (),
     ) -> Tensor:
-        """Images [B, 1, 8, 8], clamped to [-1, 1]."""
+        """Images [B, C, H, W], clamped to [-1, 1]."""
         # A generator for each image, so that an image does not depend on the batch it is drawn in.
         rng = [torch.Generator().manual_seed(seed) for seed in seeds] if self.schedule.settings.eta else None
         with torch.no_grad():
@@ -186,22 +186,29 @@ class DigitsTask(GenerativeTask):
         return images.float().clamp(-1, 1)
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden activations [B, 64] and logits [B, 10] of the digits classifier."""
+        """Hidden activations [B, F] and logits [B, classes] of the judge."""
         with torch.no_grad():
             features = self.classifier.features(images)
             return features, self.classifier.head(features)
 
     def reference(self) -> Reference:
-        """All 1,797 scans."""
-        images = digits.load_images()[0]
-        digest = digest_of([digest_of_file(digits.weights_path(JUDGE)), digest_of(images.tolist())])
-        return Reference(self.judge(images.to(self.device))[0], "digits: load_digits, 1797 images", digest)
+        """The data's set of real images; its features are computed once."""
+        return self._reference
 
     def reference_images(self) -> Tensor:
-        """All 1,797 scans."""
-        return digits.load_images()[0]
+        """The data's set of real images."""
+        return self._real
 
     def judge_spatial(self, images: Tensor) -> Tensor:
-        """The classifier's last feature map [B, 64, 2, 2], flattened."""
+        """The classifier's last feature map [B, S], flattened."""
         with torch.no_grad():
             return self.classifier.feature_map(images).flatten(1)
+
+    @cached_property
+    def _real(self) -> Tensor:
+        return self.data.real()
+
+    @cached_property
+    def _reference(self) -> Reference:
+        digest = digest_of([digest_of_file(weights_path(self.judged_by.name)), self.data.digest(self._real)])
+        return Reference(self.judge(self._real.to(self.device))[0], self.data.real_name, digest)

@@ -1,55 +1,40 @@
-"""The digits models: data, architectures and files.
+"""The digits models: data, architectures and the settings of their training.
 
 The data are the 1,797 scans of scikit-learn's ``load_digits``, 8x8 grey images of ten classes, native size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantlab.store import digest_of
 from quantlab.torchvision_shim import ensure_torchvision_imports
+from quantlab.zoo.description import (
+    Classifier,
+    ClassifierSettings,
+    Data,
+    DenoiserModel,
+    DenoiserSettings,
+    Draw,
+    Images,
+    JudgeModel,
+    Lessons,
+)
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-CLASSIFIER = "digits-classifier"
-"""The zoo's name of the classifier."""
 NUM_CLASSES = 10
-NULL_CLASS = 10
-"""The label that stands for "no class" in classifier-free guidance."""
 IMAGE_SHAPE = (1, 8, 8)
 FEATURES = 64
 """Width of the classifier's last hidden layer, whose activations are the features for FID."""
-TRAIN_TIMESTEPS = 1000
-
-
-@dataclass(frozen=True)
-class Initialisation:
-    """How the weights of a digits denoiser start.
-
-    Attributes:
-        name: the model's name in the zoo.
-        max_sigma: each output channel draws sigma from U(0, max_sigma) and multiplies its weights by
-            exp(sigma * N(0, 1)), rescaled to the channel's original standard deviation; 0 leaves torch's own start.
-        learning_rate: peak rate of the one-cycle schedule.
-    """
-
-    name: str
-    max_sigma: float
-    learning_rate: float
-
-
-INITIALISATIONS: Mapping[str, Initialisation] = {
-    "digits": Initialisation("digits", max_sigma=0.0, learning_rate=2e-3),
-    "digits-heavy": Initialisation("digits-heavy", max_sigma=1.2, learning_rate=1.5e-3),
-}
+TEST_SHARE = 0.2
+"""Of the scans, what the classifier is tested on."""
 
 
 def load_images() -> tuple[Tensor, Tensor]:
@@ -80,7 +65,7 @@ def build_unet() -> UNet2DModel:
     )
 
 
-class DigitClassifier(nn.Module):
+class DigitClassifier(Classifier):
     """Small convolutional classifier of digits; its last hidden layer gives the features for FID."""
 
     def __init__(self) -> None:
@@ -101,31 +86,69 @@ class DigitClassifier(nn.Module):
         """Activations after the ReLU of the hidden layer: [B, 1, 8, 8] -> [B, 64]."""
         return F.relu(self.hidden(self.feature_map(images).flatten(1)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class logits: [B, 1, 8, 8] -> [B, 10]."""
-        return self.head(self.features(images))
+
+def open_images() -> Draw:
+    """What picks scans at random, for training."""
+    images, labels = load_images()
+
+    def draw(count: int, rng: torch.Generator) -> Images:
+        pick = torch.randint(len(images), (count,), generator=rng)
+        return images[pick], labels[pick]
+
+    return draw
 
 
-def weights_path(name: str) -> Path:
-    """Where the weights of a zoo model lie: fp16 safetensors beside this file."""
-    return Path(__file__).with_name("weights") / f"{name}.safetensors"
+def lessons(batch: int, noise: float, rng: torch.Generator) -> Lessons:
+    """Four fifths of the scans in random order, shifted and with noise, again and again; the rest are the test."""
+    images, labels = load_images()
+    order = torch.randperm(len(images), generator=rng)
+    num_test = round(len(images) * TEST_SHARE)
+    test, train = order[:num_test], order[num_test:]
+
+    def batches() -> Iterator[Images]:
+        while True:
+            shuffled = train[torch.randperm(len(train), generator=rng)]
+            whole = len(train) // batch
+            for pick in shuffled[: whole * batch].view(whole, batch):
+                yield _augment(images[pick], noise, rng), labels[pick]
+
+    return Lessons(batches(), (images[test], labels[test]))
 
 
-def _load(module: nn.Module, name: str, path: Path | None = None) -> nn.Module:
-    """Fill a module with a zoo model's weights; raises ModelError when the file is missing, damaged or foreign."""
-    from quantlab.zoo.checkpoint import fill, read_weights
-
-    shipped = weights_path(name)
-    again = f"install quantlab again, or train it: quantlab zoo train {name} --output {shipped.parent}"
-    own = f"give weights that quantlab zoo train {name} wrote"
-    return fill(module, read_weights(path or shipped), path or shipped, own if path else again)
-
-
-def load_unet(name: str, path: Path | None = None) -> UNet2DModel:
-    """A trained denoiser by its zoo name, in float32 and evaluation mode; ``path`` has other weights of it."""
-    return _load(build_unet(), name, path)  # type: ignore[return-value]
+def _augment(images: Tensor, noise: float, rng: torch.Generator) -> Tensor:
+    """Shift each image by up to one pixel and add noise: [B, 1, 8, 8] -> the same."""
+    size = images.shape[-1]
+    padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
+    shift = torch.randint(3, (len(images), 2), generator=rng)
+    rows = shift[:, :1] + torch.arange(size)
+    columns = shift[:, 1:] + torch.arange(size)
+    shifted = padded[torch.arange(len(images))[:, None, None], 0, rows[:, :, None], columns[:, None, :]]
+    return shifted.unsqueeze(1) + noise * torch.randn(images.shape, generator=rng)
 
 
-def load_classifier() -> DigitClassifier:
-    """The trained classifier, in float32 and evaluation mode."""
-    return _load(DigitClassifier(), CLASSIFIER)  # type: ignore[return-value]
+def load_real() -> Tensor:
+    """All scans: float [1797, 1, 8, 8] in [-1, 1]."""
+    return load_images()[0]
+
+
+def digest_of_images(images: Tensor) -> str:
+    """16 hexadecimal digits of the SHA-256 of the images' values."""
+    return digest_of(images.tolist())
+
+
+DATA = Data(
+    image_shape=IMAGE_SHAPE,
+    num_classes=NUM_CLASSES,
+    open=open_images,
+    lessons=lessons,
+    real=load_real,
+    real_name="digits: load_digits, 1797 images",
+    digest=digest_of_images,
+)
+JUDGE = JudgeModel("digits-classifier", DATA, DigitClassifier, ClassifierSettings(iterations=440))
+DENOISERS = (
+    DenoiserModel("digits", JUDGE, build_unet, DenoiserSettings(iterations=1800)),
+    DenoiserModel(
+        "digits-heavy", JUDGE, build_unet, DenoiserSettings(iterations=1800, learning_rate=1.5e-3, max_sigma=1.2)
+    ),
+)

@@ -9,7 +9,7 @@ from quantlab.contracts.config import Strict
 from quantlab.contracts.correction import Correction, FittedCorrection
 from quantlab.contracts.sections import Sampling
 from quantlab.sampling import SampleStep, Schedule
-from quantlab.zoo.train import noise_schedule
+from quantlab.zoo.denoiser import noise_schedule
 
 
 def schedule(**settings: object) -> Schedule:

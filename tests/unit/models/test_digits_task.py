@@ -1,4 +1,4 @@
-"""The digits task and a user's own module."""
+"""The tasks of the zoo's models and a user's own module."""
 
 from __future__ import annotations
 
@@ -9,49 +9,53 @@ from torch import nn
 
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import ModelError, RecipeError
-from quantlab.models.builtin import BuiltinConfig, BuiltinSource, DigitsTask
+from quantlab.models.builtin import BuiltinConfig, BuiltinSource, BuiltinTask
 from quantlab.models.module import ModuleTask
-from quantlab.zoo import digits
-from quantlab.zoo.train import noise_schedule
+from quantlab.zoo import digits, models
+from quantlab.zoo.denoiser import noise_schedule
+from quantlab.zoo.models import DENOISERS, JUDGES, load_denoiser, weights_path
 
 
-def load(name: str = "digits", **sampling: object) -> DigitsTask:
+def load(name: str = "digits", **sampling: object) -> BuiltinTask:
     source = BuiltinSource(BuiltinConfig())
     return source.load(Model(name=name), Sampling(**sampling), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def task() -> DigitsTask:
+def task() -> BuiltinTask:
     return load(steps=4)
 
 
-def run_of(task: DigitsTask):
+def run_of(task: BuiltinTask):
     return lambda inputs: task.network(**inputs, **task.static)[0]
 
 
-def test_guidance_is_one_doubled_call() -> None:
-    guided, plain = load(steps=4, guidance=1.5), load(steps=4)
+@pytest.mark.parametrize("name", ["digits", "digits-heavy"])
+def test_guidance_is_one_doubled_call(name: str) -> None:
+    guided, plain = load(name, steps=4, guidance=1.5), load(name, steps=4)
     inputs = guided.example_inputs(3)
     doubled = guided.network_inputs(inputs)
-    assert len(doubled["sample"]) == 6 and doubled["class_labels"][:3].tolist() == [digits.NULL_CLASS] * 3
+    assert len(doubled["sample"]) == 6 and doubled["class_labels"][:3].tolist() == [10] * 3
     with torch.no_grad():
         found = guided.predict(run_of(guided), inputs)
         conditional = run_of(plain)(inputs)
-        unconditional = run_of(plain)({**inputs, "class_labels": torch.full((3,), digits.NULL_CLASS)})
+        unconditional = run_of(plain)({**inputs, "class_labels": torch.full((3,), 10)})
     torch.testing.assert_close(found, unconditional + 1.5 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
     assert inputs["class_labels"].tolist() == [0, 1, 2], "the samples' own labels are not changed"
 
 
-def test_calibration_is_the_trajectory(task: DigitsTask) -> None:
+@pytest.mark.parametrize("name", ["digits", "digits-heavy"])
+def test_calibration_is_the_trajectory(name: str) -> None:
+    task = load(name, steps=4)
     data = task.calibrate(run_of(task), 3, torch.Generator().manual_seed(0), lambda done, total: None)
-    assert data.outputs.shape == (4, 3, 1, 8, 8)
+    assert data.outputs.shape == (4, 3, *task.data.image_shape)
     assert data.inputs["timestep"][:, 0].tolist() == [751, 501, 251, 1]
     for index in range(3):
         after = task.schedule.step(index, data.outputs[index], data.inputs["sample"][index])
         torch.testing.assert_close(after, data.inputs["sample"][index + 1])
 
 
-def test_training_data_are_scans_with_noise(task: DigitsTask) -> None:
+def test_training_data_are_scans_with_noise(task: BuiltinTask) -> None:
     batch = task.training_batch(400, torch.Generator().manual_seed(3))
     again = task.training_batch(400, torch.Generator().manual_seed(3))
     assert all(torch.equal(value, again.inputs[name]) for name, value in batch.inputs.items())
@@ -63,15 +67,15 @@ def test_training_data_are_scans_with_noise(task: DigitsTask) -> None:
     nearest, index = distance.min(1)
     assert nearest.max() < 1e-3
     given = batch.inputs["class_labels"]
-    named = given[low] != digits.NULL_CLASS
+    named = given[low] != task.data.num_classes
     assert torch.equal(given[low][named], labels[index][named])
-    assert 0.05 < (given == digits.NULL_CLASS).float().mean() < 0.16
+    assert 0.05 < (given == task.data.num_classes).float().mean() < 0.16
     with torch.no_grad():
         error = (run_of(task)(batch.inputs) - batch.target).square().mean()
     assert error < 0.2, "what the denoiser was trained to predict"
 
 
-def test_noise_of_an_image_does_not_depend_on_the_number(task: DigitsTask) -> None:
+def test_noise_of_an_image_does_not_depend_on_the_number(task: BuiltinTask) -> None:
     assert torch.equal(task.draw_noise(10, 3)[:4], task.draw_noise(4, 3))
 
 
@@ -88,8 +92,8 @@ def test_an_image_with_added_noise_does_not_depend_on_its_batch() -> None:
     assert not torch.equal(whole[0] - whole[1], noise[0] - noise[1])
 
 
-@pytest.mark.parametrize("name", list(digits.INITIALISATIONS))
-def test_shipped_models_draw_digits(name: str) -> None:
+@pytest.mark.parametrize("name", list(DENOISERS))
+def test_shipped_models_draw_what_is_asked_for(name: str) -> None:
     task = load(name, steps=10)
     labels = task.labels(100)
     images = task.sample(run_of(task), task.draw_noise(100, 1), labels, range(100))
@@ -97,11 +101,22 @@ def test_shipped_models_draw_digits(name: str) -> None:
     assert accuracy > 0.9
 
 
+@pytest.mark.parametrize(("name", "identity"), [("digits", "b862943a1c5df010"), ("digits-heavy", "a34133999fa7a209")])
+def test_results_of_earlier_versions_stay_comparable(name: str, identity: str) -> None:
+    assert BuiltinSource(BuiltinConfig()).identity(Model(name=name)) == identity
+    reference = load(name).reference()
+    assert (reference.name, reference.digest) == ("digits: load_digits, 1797 images", "d0031ffed2225fd9")
+
+
+def test_features_of_the_reference_are_computed_once(task: BuiltinTask) -> None:
+    assert task.reference() is task.reference()
+
+
 def test_only_the_heavy_model_has_heavy_tails() -> None:
     medians = {}
-    for name in digits.INITIALISATIONS:
+    for name in ("digits", "digits-heavy"):
         values = []
-        for path, module in digits.load_unet(name).named_modules():
+        for path, module in load_denoiser(DENOISERS[name]).named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and path.count(".") >= 2:
                 rows = module.weight.detach().flatten(1)
                 centred = rows - rows.mean(1, keepdim=True)
@@ -127,19 +142,19 @@ def test_unknown_names_offer_the_nearest() -> None:
     ],
 )
 def test_damaged_weights_say_so(damage: str, told: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, sound = tmp_path / "digits.safetensors", load_file(digits.weights_path("digits"))
+    file, sound = tmp_path / "digits.safetensors", load_file(weights_path("digits"))
     changes = {
         "shape": {"conv_in.bias": torch.zeros(3)},
         "more": {"extra": torch.zeros(3)},
         "nan": {"conv_in.weight": sound["conv_in.weight"] * torch.nan},
     }
     if damage == "truncated":
-        file.write_bytes(digits.weights_path("digits").read_bytes()[:5000])
+        file.write_bytes(weights_path("digits").read_bytes()[:5000])
     elif damage == "foreign":
         save_file({"other": torch.zeros(3)}, file)
     elif damage != "missing":
         save_file({**sound, **changes[damage]}, file)
-    monkeypatch.setattr(digits, "weights_path", lambda name: file)
+    monkeypatch.setattr(models, "weights_path", lambda name: file)
     with pytest.raises(ModelError, match=told) as error:
         load()
     assert str(file) in str(error.value)
@@ -147,7 +162,7 @@ def test_damaged_weights_say_so(damage: str, told: str, tmp_path, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["own.safetensors", "own.pt", "nested.ckpt"])
 def test_weights_of_ones_own_are_read_and_change_the_identity(name: str, tmp_path) -> None:
-    state = load_file(digits.weights_path("digits"))
+    state = load_file(weights_path("digits"))
     state["conv_in.bias"] = state["conv_in.bias"] + 1
     file = tmp_path / name
     if name.endswith(".safetensors"):
@@ -193,9 +208,11 @@ def test_a_checkpoint_of_anything_but_tensors_is_refused(
     assert not (tmp_path / "ran").exists()
 
 
-def test_all_weights_are_under_six_megabytes() -> None:
-    files = list(digits.weights_path("digits").parent.glob("*.safetensors"))
-    assert len(files) == 3 and sum(file.stat().st_size for file in files) < 6e6
+def test_weights_are_small() -> None:
+    sizes = {file.stem: file.stat().st_size for file in weights_path("digits").parent.glob("*.safetensors")}
+    assert sizes.keys() == DENOISERS.keys() | JUDGES.keys()
+    assert sum(size for name, size in sizes.items() if name.startswith("digits")) < 6e6
+    assert sum(size for name, size in sizes.items() if name.startswith("shapes")) < 8e6
 
 
 class Net(nn.Module):
