@@ -19,8 +19,6 @@ DOCUMENTS = sorted(
         *ROOT.glob("plugins/**/README.md"),
     ]
 )
-PENDING = {"docs/results.md"}
-"""Cited, and still to be written; whoever adds it takes it out of here."""
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 SPAN = re.compile(r"`([^`]+)`")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -42,11 +40,7 @@ def prose(document: Path) -> str:
 
 def found(path: str, document: Path) -> bool:
     """Whether a cited path exists from the root, or beside the document, as in a plugin's README."""
-    return (
-        path in PENDING
-        or (ROOT / path).exists()
-        or (path.startswith("quantlab_") and (document.parent / path).exists())
-    )
+    return (ROOT / path).exists() or (path.startswith("quantlab_") and (document.parent / path).exists())
 
 
 def names_of_tests() -> set[str]:
@@ -66,7 +60,7 @@ def cited_paths(document: Path) -> Iterator[str]:
 def test_every_relative_link_leads_somewhere(document: Path) -> None:
     targets = [target.partition("#")[0] for target in LINK.findall(prose(document)) if "://" not in target]
     missing = [target for target in targets if target and not (document.parent / target).exists()]
-    assert not [target for target in missing if document.parent / target not in {ROOT / path for path in PENDING}]
+    assert not missing
 
 
 @documents
