@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from quantlab_ptq.tuners import BiasCorrectionConfig, BiasCorrectionTuner, channel_means
 from torch import Tensor, nn
-from toys import ToyDenoiser, make_toy
-from tuning_jobs import assigned, job_of
+from toys import ToyDenoiser, make_toy, tune_job
+from tuning_jobs import assigned
 
 from quantlab.tuning.visit import visit_layers
 
 
 def tuned(toy, student):
-    return BiasCorrectionTuner(BiasCorrectionConfig(samples=8)).tune(job_of(toy, student))
+    return BiasCorrectionTuner(BiasCorrectionConfig()).tune(tune_job(toy, student))
 
 
 def means(network: nn.Module, names: list[str], forward) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def test_every_layer_gets_the_float_means() -> None:
     toy = make_toy(weight_bits=2, activation_bits=3)
     student = assigned(toy)
     weights = {name: layer.weight.clone() for name, layer in student.layers().items()}
-    job, names = job_of(toy, student), list(student.layers())
+    job, names = tune_job(toy, student), list(student.layers())
     inputs = {name: value.flatten(0, 1) for name, value in toy.calibration.inputs.items()}
     before = means(student.network, names, lambda: job.student(inputs))
     result = tuned(toy, student)

@@ -7,8 +7,8 @@ import torch
 from quantlab_ptq.tuners import GptqConfig, GptqTuner
 from quantlab_svdquant.tuner import SvdQuantConfig, SvdQuantTuner, quantize_rest, split
 from torch import nn
-from toys import affine, make_toy
-from tuning_jobs import assigned, job_of
+from toys import affine, make_toy, tune_job
+from tuning_jobs import assigned
 
 from quantlab.allocation.cost import student_cost
 from quantlab.allocation.smoothing import SmoothConfig, SmoothPass
@@ -83,9 +83,9 @@ def test_a_low_rank_weight_goes_into_the_branch() -> None:
 
 def tuned(toy, *, gptq: bool = False):
     student = assigned(toy, smoothing=[SmoothPass(SmoothConfig())])
-    result = SvdQuantTuner(SvdQuantConfig(refits=4)).tune(job_of(toy, student, Tune(rank=2)))
+    result = SvdQuantTuner(SvdQuantConfig(refits=4)).tune(tune_job(toy, student, settings=Tune(rank=2)))
     if gptq:
-        GptqTuner(GptqConfig()).tune(job_of(toy, student, Tune(rank=2)))
+        GptqTuner(GptqConfig()).tune(tune_job(toy, student, settings=Tune(rank=2)))
     return student, result
 
 
