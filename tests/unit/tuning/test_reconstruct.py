@@ -145,7 +145,9 @@ def test_a_killed_run_resumes_to_the_same_bits(blocks_before: int) -> None:
     whole = tuner.tune(job)
     assert isinstance(job.checkpoint, Memory)
     resumed = prepared(toy)
-    again = replace(tune_job(toy, resumed, settings=job.settings), checkpoint=Memory(job.checkpoint.saved[:blocks_before]))
+    again = replace(
+        tune_job(toy, resumed, settings=job.settings), checkpoint=Memory(job.checkpoint.saved[:blocks_before])
+    )
     assert tuner.tune(again).history == whole.history
     expected = student.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())
