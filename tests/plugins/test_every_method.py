@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from quantlab import ModelError, load_registry, quantize
 from quantlab.plugins import Kind
 
-METHODS = sorted(load_registry().entries(Kind.METHOD))
+ABLATIONS = ("mpq-dm-v2-", "mpq-dm-head", "mpq-dm-tail", "mpq-dm-smooth", "mpq-dm-omq", "mpq-dm-trd", "mpq-dm-plus")
+METHODS = sorted(name for name in load_registry().entries(Kind.METHOD) if not name.startswith(ABLATIONS))
+"""All but variants that differ from another in one choice, which the tests of fragments compare."""
 
 
 class Part(nn.Module):
@@ -31,20 +33,21 @@ class Part(nn.Module):
 
 
 class Small(nn.Module):
-    """Two parts with a skip concatenation before the second."""
+    """Two such parts with a skip concatenation before the second."""
 
     def __init__(self) -> None:
         super().__init__()
         self.time = nn.Linear(1, 4)
         self.first = nn.Conv2d(1, 4, 3, padding=1)
-        self.parts = nn.ModuleList([Part(4), Part(8)])
+        self.mid_block = Part(4)
+        self.parts = nn.ModuleList([Part(8)])
         self.last = nn.Conv2d(4, 1, 3, padding=1)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         embedding = F.silu(self.time(timestep.float()[:, None] / 1000))
         first = self.first(sample)
-        inner = self.parts[0](first, embedding)
-        return self.last(self.parts[1](torch.cat([inner, first], 1), embedding))
+        inner = self.mid_block(first, embedding)
+        return self.last(self.parts[0](torch.cat([inner, first], 1), embedding))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def test_it_quantizes_a_small_network(small, name: str) -> None:
     network, batches = small
 
     def run() -> Tensor:
-        settings = {"corrections": [], "tune": {"rank": 2, "batch": 4}}
+        settings = {"corrections": [], "tune": {"rank": 2, "batch": 4, "adapter_learning_rate": 1e-3}}
         found = quantize(network, batches, name, activation_bits=4, samples=8, iterations=2, settings=settings)
         return found.module(**batches[0])
 

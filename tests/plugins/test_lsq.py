@@ -9,7 +9,7 @@ import torch
 from quantlab_lsq.scales import learned_scales, start_at_mean_magnitude
 from quantlab_lsq.tuner import LsqConfig, LsqTuner, Start
 from torch import nn
-from toys import Memory, Toy, ToyTask, make_toy, tune_job
+from toys import Memory, Toy, ToyTask, make_toy, split_toy, tune_job
 from tuning_jobs import assigned
 
 from quantlab import ModelError, PerChannel, PerTensor, QuantSpec, RecipeError, TrainingBatch
@@ -134,3 +134,25 @@ def test_no_iterations_change_nothing() -> None:
     toy = make_toy()
     student = assigned(toy)
     assert LsqTuner(LsqConfig()).tune(tune_job(toy, student, settings=Tune())).history == {"total": ()}
+
+
+def test_the_parts_of_a_split_site_have_scales_of_their_own() -> None:
+    toy = split_toy(weight_bits=3)
+    student = assigned(toy)
+    layer, name = student.layer("mix"), "mix"
+    start_at_mean_magnitude(name, layer)
+    learned = learned_scales({name: layer}, {name: torch.zeros(1, 6, 6, 24)})
+    assert [scale.name for scale in learned] == [
+        "mix/weight scale 0", "mix/weight scale 1", "mix/input scale 0", "mix/input scale 1"
+    ]  # fmt: skip
+    for columns, scale in zip(layer.float_weight().split(12, 1), learned[:2], strict=True):
+        torch.testing.assert_close(scale.parameter.data, 2 * columns.abs().mean(1) / 3**0.5)
+        torch.testing.assert_close(scale.factor, torch.full((12,), (12 * 3) ** -0.5))
+    above = layer.input_quantizer.parts[0].qparams()
+    expected = 1 / torch.sqrt(36 * 12 * (above.quant_max - above.zero_point).clamp(min=1))
+    torch.testing.assert_close(learned[2].factor, expected)
+    task = DataTask(toy.task.network)
+    before = [part.scale.clone() for part in layer.input_quantizer.parts]
+    LsqTuner(LsqConfig()).tune(tune_job(replace(toy, task=task), student, settings=SETTINGS))
+    for part, old in zip(layer.input_quantizer.parts, before, strict=True):
+        assert not torch.equal(part.scale, old)

@@ -10,7 +10,7 @@ from quantlab_ptq.gptq import Grid, input_rows, output_error, quantize_rows, sec
 from quantlab_ptq.tuners import GptqConfig, GptqTuner
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import make_toy, tune_job
+from toys import make_toy, split_toy, tune_job
 from tuning_jobs import assigned
 
 from quantlab import NonFiniteError, PerChannel, QuantSpec, RecipeError
@@ -209,3 +209,50 @@ def test_a_quantizer_without_grid_is_refused() -> None:
     student.layer("blocks.0.conv").weight_quantizer = None
     with pytest.raises(RecipeError, match=r"site blocks\.0\.conv: gptq needs"):
         GptqTuner(GptqConfig()).tune(tune_job(toy, student))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_columns_with_scales_of_their_own_are_the_scalar_computation(act_order: bool) -> None:
+    """Two parts of the inputs, the second with a third of the step and another zero point."""
+    rng = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(3, 10, generator=rng).double(), correlated(1, 40, 10)
+    moment = 2 / 40 * (x.mT @ x).double()
+    factor = torch.cat([torch.ones(6), torch.full((4,), 1 / 3)]).double()
+    shift = torch.cat([torch.zeros(6), torch.ones(4)]).double()
+    whole = grid_of(weight.float(), torch.full((3,), 3))
+    grid = Grid(whole.scale * factor, whole.zero_point + shift, whole.quant_max.expand(1, 3, 10))
+    found = quantize_rows(weight[None], moment[None], grid, block=4, act_order=act_order)[0]
+    order = moment.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(10)
+    for index, row in enumerate(weight):
+        scale = (whole.scale[0, index] * factor)[order].tolist()
+        zero_point = (whole.zero_point[0, index] + shift)[order].tolist()
+        steps = iter(zip(scale, zero_point, strict=True))
+
+        def round_one(w: float, steps=steps) -> float:
+            s, z = next(steps)
+            return (min(max(round(w / s) + z, 0), 7) - z) * s
+
+        expected = scalar_gptq(row[order].tolist(), moment[order][:, order], round_one, 0.01)
+        assert found[index, order].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_grid_of_a_split_weight_is_that_of_its_parts() -> None:
+    toy = split_toy()
+    layer = assigned(toy).layer("join")
+    weight = layer.float_weight()
+    grid = Grid.of(layer.weight_quantizer.qparams(), weight, 1)
+    assert grid.scale.shape == (1, 12, 24 * 9)
+    torch.testing.assert_close(
+        grid.round(weight.double().flatten(1)[None])[0][0].float(), layer.quantized_weight().flatten(1)
+    )
+
+
+def test_split_sites_in_a_network() -> None:
+    toy = split_toy(weight_bits=3)
+    student = assigned(toy)
+    scales = [part.scale.clone() for part in student.layer("join").weight_quantizer.parts]
+    result = GptqTuner(GptqConfig()).tune(tune_job(toy, student))
+    assert sum(result.history["total"]) < sum(result.history["nearest"])
+    layer = student.layer("join")
+    assert all(torch.equal(p.scale, s) for p, s in zip(layer.weight_quantizer.parts, scales, strict=True))
+    torch.testing.assert_close(layer.float_weight(), layer.quantized_weight(), rtol=1e-5, atol=1e-6)

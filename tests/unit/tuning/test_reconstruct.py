@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Memory, Toy, affine, make_toy, silent, tune_job
+from toys import Memory, Toy, affine, make_toy, silent, split_toy, tune_job
 
 from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.student import Student
@@ -110,6 +110,23 @@ def test_it_lowers_the_output_error_and_stays_on_the_grid(options: dict) -> None
         torch.testing.assert_close(grid, grid.round(), atol=1e-3, rtol=0)
     assert student.network.state_dict().keys() == before.network.state_dict().keys()
     assert max(finalize(student.layers()).values()) == 0
+
+
+@pytest.mark.parametrize("activations", ["joint", "after"])
+def test_split_sites_are_reconstructed_part_by_part(activations: str) -> None:
+    toy = split_toy(weight_bits=2, activation_bits=6)
+    before = prepared(toy)
+    student, _ = reconstructed(toy, activations=activations, drop=0.5)
+    assert output_error(toy, student) < 0.7 * output_error(toy, before)
+    for site in ("join", "mix"):
+        layer, start = student.layer(site), before.layer(site)
+        for part, old in zip(layer.input_quantizer.parts, start.input_quantizer.parts, strict=True):
+            assert not torch.equal(part.scale, old.scale)
+        columns = layer.float_weight().split((12, 12), 1)
+        for part, piece in zip(layer.weight_quantizer.parts, columns, strict=True):
+            codes = piece / part.scale.view(-1, *(1,) * (piece.dim() - 1))
+            torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
+        assert not torch.equal(layer.quantized_weight(), start.quantized_weight())
 
 
 def test_blocks_and_their_order() -> None:
