@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
     from quantlab.calibration.choose import draw_pairs
-    from quantlab.calibration.collect import calibration_batch
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, Resource, SiteData
     from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
     from quantlab.contracts.config import Strict
@@ -56,7 +55,9 @@ if TYPE_CHECKING:
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
+    from quantlab.quant.grid import WeightGrid
     from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+    from quantlab.quant.split import parts_of
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
     from quantlab.recipe.schema import Recipe
@@ -71,7 +72,6 @@ _NAMES = {
     "api": "LoadedRun QuantizedModule load_quantized quantize",
     "bench": "run_bench=bench",
     "calibration.choose": "draw_pairs",
-    "calibration.collect": "calibration_batch",
     "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS Resource SiteData",
     "contracts.block": "Block Grouping Partition TEMPORAL",
     "contracts.config": "Strict",
@@ -96,7 +96,9 @@ _NAMES = {
     "plugins": "Registry load_registry",
     "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
+    "quant.grid": "WeightGrid",
     "quant.layers": "QuantizedConv2d QuantizedLinear",
+    "quant.split": "parts_of",
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
     "recipe.schema": "Recipe",
@@ -182,8 +184,8 @@ __all__ = [
     "TuneJob",
     "TuneResult",
     "Tuner",
+    "WeightGrid",
     "blame_non_finite",
-    "calibration_batch",
     "draw_pairs",
     "fake_quantize",
     "hookimpl",
@@ -192,6 +194,7 @@ __all__ = [
     "load_recipe",
     "load_registry",
     "method_from_yaml",
+    "parts_of",
     "quantize",
     "require_finite_gradients",
     "restore_training",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,25 @@ class ToyDenoiser(nn.Module):
         for block in self.blocks:
             x = block(x, embedding)
         return self.conv_out(x)
+
+
+class Skipping(ToyDenoiser):
+    """The first convolution's output comes back before the last block, 40 times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 24)  # keeps the ratio of the parts
+        self.join = nn.Conv2d(24, 12, 3, padding=1)
+        self.mix = nn.Linear(24, 12)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        embedding = F.silu(self.time(timestep.float()[:, None] / 1000))
+        first = self.conv_in(sample)
+        second = self.blocks[0](first, embedding)
+        joined = F.silu(self.norm(torch.cat([second, 40 * first], dim=1)))
+        rows = torch.cat([second.permute(0, 2, 3, 1), 40 * first.permute(0, 2, 3, 1)], dim=-1)
+        x = self.join(joined) + self.mix(F.silu(rows)).permute(0, 3, 1, 2)
+        return self.conv_out(self.blocks[1](x, embedding) + self.join(joined))
 
 
 @dataclass
@@ -108,6 +127,19 @@ def make_toy(
     rng = torch.Generator().manual_seed(1)
     calibration = task.calibrate(lambda inputs: network(**inputs), 8, rng, lambda done, total: None)
     return Toy(task, graph, sites, plan, calibration)
+
+
+def skipping_toy(*, weight_bits: int = 4, activation_bits: int = 4) -> Toy:
+    """A toy with a skip concatenation."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make_toy(Skipping(), weight_bits=weight_bits, activation_bits=activation_bits)
+
+
+def split_toy(*, weight_bits: int = 4, activation_bits: int = 4) -> Toy:
+    """The same with quantizers for each part of the concatenation; its first convolution has 8 bits."""
+    toy = skipping_toy(weight_bits=weight_bits, activation_bits=activation_bits)
+    return replace(toy, plan=make_plan(toy.sites, {"conv_in": 8}, toy.plan.budget, split_skip=True))
 
 
 def affine(weights: Weights | None = None, activations: Activations | None = None) -> QuantizerChoices:

@@ -1,21 +1,18 @@
-"""Jobs for tuners on toys."""
+"""Students with bits and scales, for tests of tuners."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from toys import Memory, Toy, affine, silent, tune_job
+from toys import Toy, affine, silent
 
 from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.student import QuantizerChoices, Student
 from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.passes import SmoothingPass
-from quantlab.contracts.sections import InputsFrom, Tune
-from quantlab.contracts.tuning import TuneJob
-
-__all__ = ["Memory", "assigned", "job_of"]
+from quantlab.contracts.sections import InputsFrom
 
 
 def assigned(toy: Toy, choices: QuantizerChoices | None = None, smoothing: Sequence[SmoothingPass] = ()) -> Student:
@@ -24,8 +21,3 @@ def assigned(toy: Toy, choices: QuantizerChoices | None = None, smoothing: Seque
     method = AssignMethod(smoothing, [UniformPolicy(UniformPolicy.Config())], choices or affine(), InputsFrom.TEACHER)
     assign(student, method, calibration_batch(toy.task, toy.calibration, 8), torch.Generator(), silent)
     return student
-
-
-def job_of(toy: Toy, student: Student, settings: Tune | None = None) -> TuneJob:
-    """A tuner's job without losses."""
-    return tune_job(toy, student, (), settings or Tune())

@@ -133,6 +133,10 @@ class Tune(Strict):
     activation_learning_rate: float = Field(default=5e-4, ge=0, description="of scales and zero points of activations")
     losses: tuple[Choice, ...] = (Choice(name="mse"),)
 
+    def steps(self, share: float) -> int:
+        """Optimizer steps of a stage that gets this share of the iterations: at least one, unless either is 0."""
+        return max(1, round(share * self.iterations)) if share * self.iterations > 0 else 0
+
 
 class Features(StrEnum):
     """Which network gives the features that distances between sets of images are measured on."""

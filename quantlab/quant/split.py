@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ class SplitQuantizer(Quantizer):
         dim: the dimension: 1 of a convolution's input and of a weight, -1 of a linear layer's input.
     """
 
+    name: ClassVar[str] = "split"
+
     def __init__(self, parts: Sequence[Quantizer], sizes: Sequence[int], dim: int) -> None:
         super().__init__()
         self.parts, self.sizes, self.dim = nn.ModuleList(parts), tuple(sizes), dim
@@ -37,6 +39,11 @@ class SplitQuantizer(Quantizer):
         """Turn what was observed into parameters, part by part."""
         for quantizer in self._quantizers():
             quantizer.freeze()
+
+    def choose(self, output_error: Callable[[], float]) -> None:
+        """Let every part decide, those before it decided, those after it as they are."""
+        for quantizer in self._quantizers():
+            quantizer.choose(output_error)
 
     def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """Quantize and dequantize each part of x."""
@@ -69,3 +76,15 @@ class SplitQuantizer(Quantizer):
             first.round_zero_point,
             self.sizes,
         )
+
+    def extra_bytes(self) -> int:
+        """What the formats of the parts store besides."""
+        return sum(quantizer.extra_bytes() for quantizer in self._quantizers())
+
+
+def parts_of(quantizer: Quantizer, x: Tensor) -> list[tuple[Quantizer, Tensor]]:
+    """The quantizers of the parts of x, each with its part; quantizer and x where it is quantized in one piece."""
+    if not isinstance(quantizer, SplitQuantizer):
+        return [(quantizer, x)]
+    parts = x.split(quantizer.sizes, quantizer.dim)
+    return [(cast(Quantizer, part), value) for part, value in zip(quantizer.parts, parts, strict=True)]

@@ -72,13 +72,16 @@ def site_errors(
 
 
 def activation_scales(student: Student) -> dict[str, JSON]:
-    """Timesteps and scales of every input that has a scale for each of them."""
+    """Timesteps and scales of every input, or part of a split input, that has a scale for each of them."""
     found: dict[str, JSON] = {}
     for name, layer in student.layers().items():
         parameters = layer.input_quantizer.qparams() if layer.input_quantizer is not None else None
         if parameters is not None and parameters.timesteps is not None:
-            scales = [float(f"{scale:.6g}") for scale in parameters.scale.tolist()]
-            found[name] = {"timesteps": parameters.timesteps.tolist(), "scales": scales}
+            tables = parameters.scale.reshape(-1, len(parameters.timesteps)).tolist()
+            for part, table in enumerate(tables):
+                scales = [float(f"{scale:.6g}") for scale in table]
+                label = f"{name}, part {part}" if parameters.split else name
+                found[label] = {"timesteps": parameters.timesteps.tolist(), "scales": scales}
     return found
 
 

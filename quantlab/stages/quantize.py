@@ -307,8 +307,9 @@ class FileCheckpoint(Checkpoint):
 
     def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a new file and put it in the place of the old one."""
-        contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
-        atomic_write(self._file, lambda path: save_file(contiguous, path, {"iteration": str(iteration)}))
+        # The format takes no tensor that shares memory with another, as buffers of a quantizer's parts may.
+        copies = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+        atomic_write(self._file, lambda path: save_file(copies, path, {"iteration": str(iteration)}))
 
     def remove(self) -> None:
         """The result stands; the way to it need not be kept."""

@@ -51,7 +51,7 @@ class ReconstructConfig(Strict):
     temporal_first: bool = Field(
         False, description="the sites that see the timestep but not the sample are one block, the first"
     )
-    iterations: int | None = Field(None, ge=0, description="optimizer steps for each block; none: tune.iterations")
+    share: float = Field(1.0, ge=0, description="optimizer steps for each block, as a share of tune.iterations")
     batch: int | None = Field(None, ge=1, description="rows of the calibration batch in a step; none: tune.batch")
     learning_rate: float = Field(1e-3, gt=0, description="of the rounding")
     regulariser: float = Field(0.01, ge=0, description="weight of sum(1 - |2 h - 1|^beta)")
@@ -65,8 +65,8 @@ class ReconstructConfig(Strict):
         0.0, ge=0, le=1, description="probability of a block's input to be the float network's instead of the quantized"
     )
     activations: Activations = Field(Activations.FIXED, description="when activation scales and zero points learn")
-    activation_iterations: int | None = Field(
-        None, ge=0, description="optimizer steps of `after` for each block; none: as many as for the rounding"
+    activation_share: float = Field(
+        1.0, ge=0, description="optimizer steps of `after` for each block, as a share of tune.iterations"
     )
     activation_learning_rate: float = Field(4e-4, gt=0, description="of Adam, with cosine decay to 0")
     activation_power: float = Field(2.4, gt=0, description="of the error in `after`")
@@ -94,9 +94,8 @@ class ReconstructTuner(Tuner):
             NonFiniteError: names the block where a loss or gradient is not finite.
         """
         config = self.config
-        iterations = job.settings.iterations if config.iterations is None else config.iterations
-        afterwards = iterations if config.activation_iterations is None else config.activation_iterations
-        afterwards = afterwards if config.activations is Activations.AFTER else 0
+        iterations = job.settings.steps(config.share)
+        afterwards = job.settings.steps(config.activation_share) if config.activations is Activations.AFTER else 0
         if iterations + afterwards == 0:
             return TuneResult({})
         layers = cast(Mapping[str, Layer], job.layers)

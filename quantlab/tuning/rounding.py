@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.contracts.quantizer import Quantizer
-from quantlab.quant.functional import per_channel
+from quantlab.quant.grid import WeightGrid
 
 ZETA, GAMMA = 1.1, -0.1
 """The rectified sigmoid is stretched to these limits, so that it reaches 0 and 1 (AdaRound, arXiv 2004.10568)."""
@@ -52,11 +52,8 @@ class SoftRounding(nn.Module):
         super().__init__()
         parameters = quantizer.qparams()
         assert parameters is not None, "the tuner refuses formats without a grid"
-        quant_max = torch.as_tensor(parameters.quant_max, device=parameters.scale.device).to(parameters.scale.dtype)
-        shaped = [parameters.scale, parameters.zero_point, quant_max]
-        if parameters.axis is not None:
-            shaped = [per_channel(value, weight.dim(), parameters.axis) if value.dim() else value for value in shaped]
-        self.scale, self.zero_point, self.quant_max = shaped
+        grid = WeightGrid.of(parameters, weight.dim())
+        self.scale, self.zero_point, self.quant_max = grid.scale, grid.zero_point, grid.quant_max
         ratio = weight.detach() / self.scale
         self.logits = nn.Parameter(logits_of(ratio - torch.floor(ratio)))
 

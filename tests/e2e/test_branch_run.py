@@ -22,7 +22,7 @@ METRICS = [
 
 
 def go(root: Path):
-    tuners = "tune.tuners=[{svdquant: {refits: 1, samples: 2}}, {gptq: {samples: 2}}]"
+    tuners = "tune.tuners=[{svdquant: {refits: 1}}, gptq]"
     loaded = load_recipe("digits/mpq-dm-w2a4", [*SMALL, *METRICS, "method=svdquant-gptq", tuners], profile="smoke")
     return run(loaded, RunOptions(root, "cpu", "float32", False, make_console(quiet=True)))
 

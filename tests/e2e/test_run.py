@@ -231,7 +231,7 @@ def test_a_single_layer_says_what_to_do() -> None:
 
 def test_a_correction_is_stored_counted_and_applied_again(finished, tmp_path) -> None:
     root, _ = finished
-    settings = ("method=ptqd", "baselines=[mse]", "evaluate.metrics=[paired-error]", "sampling.eta=1.0")
+    settings = ("method=ptqd-ptq", "baselines=[mse]", "evaluate.metrics=[paired-error]", "sampling.eta=1.0")
     result = go(root, *settings)
     _, plain, corrected = result.rows
     assert corrected.allocation == plain.allocation and corrected.metrics != plain.metrics
@@ -242,9 +242,9 @@ def test_a_correction_is_stored_counted_and_applied_again(finished, tmp_path) ->
     images = draw(
         loaded.task, loaded.student.run, recipe.evaluate, recipe.evaluate.noise_seed, silent, loaded.corrections
     )
-    stored = load_file(result.folder / "ptqd" / "evaluate" / "images.safetensors")["images"]
+    stored = load_file(result.folder / "ptqd-ptq" / "evaluate" / "images.safetensors")["images"]
     assert torch.equal(images, stored)
-    assert "3 images of ptqd" in sample_run(result.folder, 3, 0, tmp_path / "s.png", "cpu")
+    assert "3 images of ptqd-ptq" in sample_run(result.folder, 3, 0, tmp_path / "s.png", "cpu")
 
 
 def test_a_module_in_memory_has_no_sampler_to_correct() -> None:

@@ -9,8 +9,8 @@ import torch
 from quantlab_lsq.scales import learned_scales, start_at_mean_magnitude
 from quantlab_lsq.tuner import LsqConfig, LsqTuner, Start
 from torch import nn
-from toys import Toy, ToyTask, make_toy
-from tuning_jobs import Memory, assigned, job_of
+from toys import Memory, Toy, ToyTask, make_toy, split_toy, tune_job
+from tuning_jobs import assigned
 
 from quantlab import ModelError, PerChannel, PerTensor, QuantSpec, RecipeError, TrainingBatch
 from quantlab.contracts.sections import Tune
@@ -56,7 +56,7 @@ def test_gradients_of_scales_are_divided_by_the_root_of_their_count_times_the_po
     layer.weight_quantizer.zero_point.data = torch.tensor([2.0, 0.0])
     layer.weight_quantizer.scale.data = torch.tensor([0.3, 0.05])
     layer.requires_grad_(True)
-    weight, inputs = learned_scales({"a": layer}, {"a": 35})
+    weight, inputs = learned_scales({"a": layer}, {"a": torch.zeros(1, 7, 5)})
     assert (weight.name, inputs.name) == ("a/weight scale", "a/input scale")
     assert weight.factor.tolist() == pytest.approx([(5 * 1) ** -0.5, (5 * 15) ** -0.5])
     assert inputs.factor.item() == pytest.approx((35 * 15) ** -0.5)
@@ -79,7 +79,7 @@ def test_it_learns_and_leaves_kept_sites_alone() -> None:
     kept = {name: value.clone() for name, value in student.layer("conv_in").state_dict().items()}
     conv = student.layer("blocks.0.conv")
     before = {name: value.clone() for name, value in conv.state_dict().items()}
-    result = LsqTuner(LsqConfig(learning_rate=0.1)).tune(job_of(toy, student, SETTINGS))
+    result = LsqTuner(LsqConfig(learning_rate=0.1)).tune(tune_job(toy, student, settings=SETTINGS))
     losses = torch.tensor(result.history["total"])
     assert losses[-5:].mean() < 0.7 * losses[:3].mean()
     assert all(torch.equal(kept[name], value) for name, value in student.layer("conv_in").state_dict().items())
@@ -93,11 +93,11 @@ def test_a_killed_run_resumes_to_the_same_result(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("quantlab_lsq.tuner.SAVE_EVERY", 8)
     toy = with_data(weight_bits=2)
     student = assigned(toy)
-    job = job_of(toy, student, SETTINGS.model_copy(update={"iterations": 12}))
+    job = tune_job(toy, student, settings=SETTINGS.model_copy(update={"iterations": 12}))
     whole = LsqTuner(LsqConfig()).tune(job)
     assert isinstance(job.checkpoint, Memory) and [done for done, _ in job.checkpoint.saved] == [8, 12]
     resumed = assigned(toy)
-    again = replace(job_of(toy, resumed, job.settings), checkpoint=Memory(job.checkpoint.saved[:1]))
+    again = replace(tune_job(toy, resumed, settings=job.settings), checkpoint=Memory(job.checkpoint.saved[:1]))
     history = LsqTuner(LsqConfig()).tune(again).history
     expected = student.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())
@@ -109,7 +109,7 @@ def test_observed_scales_may_be_the_start() -> None:
     student = assigned(toy)
     zero_point = student.layer("blocks.0.conv").weight_quantizer.zero_point.clone()
     settings = SETTINGS.model_copy(update={"iterations": 2})
-    LsqTuner(LsqConfig(start=Start.OBSERVED)).tune(job_of(toy, student, settings))
+    LsqTuner(LsqConfig(start=Start.OBSERVED)).tune(tune_job(toy, student, settings=settings))
     assert torch.equal(student.layer("blocks.0.conv").weight_quantizer.zero_point, zero_point)
 
 
@@ -118,7 +118,7 @@ def test_a_model_without_data_is_refused() -> None:
     student = assigned(toy)
     before = {name: value.clone() for name, value in student.network.state_dict().items()}
     with pytest.raises(ModelError, match="no training data"):
-        LsqTuner(LsqConfig()).tune(job_of(toy, student, SETTINGS))
+        LsqTuner(LsqConfig()).tune(tune_job(toy, student, settings=SETTINGS))
     assert all(torch.equal(value, before[name]) for name, value in student.network.state_dict().items())
 
 
@@ -127,10 +127,32 @@ def test_a_quantizer_without_scales_is_refused() -> None:
     student = assigned(toy)
     student.layer("conv_out").weight_quantizer.qparams = lambda: None
     with pytest.raises(RecipeError, match="weight of site conv_out: lsq needs"):
-        LsqTuner(LsqConfig()).tune(job_of(toy, student, SETTINGS))
+        LsqTuner(LsqConfig()).tune(tune_job(toy, student, settings=SETTINGS))
 
 
 def test_no_iterations_change_nothing() -> None:
     toy = make_toy()
     student = assigned(toy)
-    assert LsqTuner(LsqConfig()).tune(job_of(toy, student, Tune())).history == {"total": ()}
+    assert LsqTuner(LsqConfig()).tune(tune_job(toy, student, settings=Tune())).history == {"total": ()}
+
+
+def test_the_parts_of_a_split_site_have_scales_of_their_own() -> None:
+    toy = split_toy(weight_bits=3)
+    student = assigned(toy)
+    layer, name = student.layer("mix"), "mix"
+    start_at_mean_magnitude(name, layer)
+    learned = learned_scales({name: layer}, {name: torch.zeros(1, 6, 6, 24)})
+    assert [scale.name for scale in learned] == [
+        "mix/weight scale 0", "mix/weight scale 1", "mix/input scale 0", "mix/input scale 1"
+    ]  # fmt: skip
+    for columns, scale in zip(layer.float_weight().split(12, 1), learned[:2], strict=True):
+        torch.testing.assert_close(scale.parameter.data, 2 * columns.abs().mean(1) / 3**0.5)
+        torch.testing.assert_close(scale.factor, torch.full((12,), (12 * 3) ** -0.5))
+    above = layer.input_quantizer.parts[0].qparams()
+    expected = 1 / torch.sqrt(36 * 12 * (above.quant_max - above.zero_point).clamp(min=1))
+    torch.testing.assert_close(learned[2].factor, expected)
+    task = DataTask(toy.task.network)
+    before = [part.scale.clone() for part in layer.input_quantizer.parts]
+    LsqTuner(LsqConfig()).tune(tune_job(replace(toy, task=task), student, settings=SETTINGS))
+    for part, old in zip(layer.input_quantizer.parts, before, strict=True):
+        assert not torch.equal(part.scale, old)

@@ -87,20 +87,46 @@ def test_ptq_has_no_tuner(loaded) -> None:
         assert for_method(loaded, name).tune.tuners == ()
 
 
+RECONSTRUCTING = ("adaround", "brecq", "qdrop", "q-diffusion", "ptqd", "tfmq-dm", "eda-dm", "ptq4dm", "quest")
+
+
 def test_reconstruction_settings(loaded) -> None:
-    """What tells the methods apart that reconstruct blocks; all have the same number of iterations."""
+    """What tells the methods apart that reconstruct blocks; each block has as many steps as other methods have."""
 
     def options(name: str) -> dict:
         return for_method(loaded, name).tune.tuners[0].options
 
-    names = ("adaround", "brecq", "qdrop", "q-diffusion", "tfmq-dm", "eda-dm", "quest")
-    assert {options(name)["iterations"] for name in names} == {200}
+    names = RECONSTRUCTING
+    assert {options(name)["share"] for name in names} == {1.0}
     assert [name for name in names if options(name)["grouping"] == "layer"] == ["adaround"]
-    assert [name for name in names if options(name)["activations"] == "joint"] == ["qdrop", "eda-dm"]
+    assert [name for name in names if options(name)["activations"] == "joint"] == ["qdrop", "eda-dm", "ptq4dm"]
     assert [name for name in names if options(name)["temporal_first"]] == ["tfmq-dm"]
     assert [name for name in names if options(name)["inner_weight"]] == ["eda-dm"]
-    assert {options(name)["drop"] for name in ("qdrop", "eda-dm")} == {0.5}
+    assert {options(name)["drop"] for name in ("qdrop", "eda-dm", "ptq4dm")} == {0.5}
+    assert options("ptq4dm") == options("qdrop") and options("q-diffusion") == options("brecq")
+    assert options("ptqd") == {**options("brecq"), "activation_share": 0.5}
     assert for_method(loaded, "tfmq-dm").activations.per_timestep
     quest, base = for_method(loaded, "quest"), for_method(loaded, "q-diffusion")
-    assert quest.tune.tuners[0] == base.tune.tuners[0]
     assert [choice.name for choice in quest.tune.tuners] == ["reconstruct", "selective"]
+    tune = quest.tune.model_copy(update={"tuners": quest.tune.tuners[:1]})
+    assert quest.model_copy(update={"tune": tune, "method": "q-diffusion"}) == base
+
+
+def test_calibration_split_and_corrections_of_those_that_reconstruct(loaded) -> None:
+    recipes = {name: for_method(loaded, name) for name in RECONSTRUCTING}
+    samplers = {name: recipe.calibrate.sampler.name for name, recipe in recipes.items() if recipe.calibrate.sampler}
+    assert samplers == {
+        "q-diffusion": "uniform-timesteps",
+        "quest": "uniform-timesteps",
+        "eda-dm": "density-variety",
+        "ptq4dm": "normal-timesteps",
+    }
+    assert [name for name in recipes if recipes[name].split_skip] == ["q-diffusion", "tfmq-dm", "quest"]
+    assert [name for name in recipes if recipes[name].corrections] == ["ptqd"]
+
+
+@pytest.mark.parametrize("name", ["q-diffusion", "eda-dm", "ptqd", "ptq4dm"])
+def test_the_variant_without_reconstruction_differs_in_nothing_else(loaded, name: str) -> None:
+    whole, plain = for_method(loaded, name), for_method(loaded, f"{name}-ptq")
+    assert plain.tune.tuners == ()
+    assert plain.model_copy(update={"tune": whole.tune, "method": name}) == whole

@@ -10,8 +10,8 @@ from quantlab_ptq.gptq import Grid, input_rows, output_error, quantize_rows, sec
 from quantlab_ptq.tuners import GptqConfig, GptqTuner
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import make_toy
-from tuning_jobs import assigned, job_of
+from toys import make_toy, split_toy, tune_job
+from tuning_jobs import assigned
 
 from quantlab import NonFiniteError, PerChannel, QuantSpec, RecipeError
 from quantlab.quant.functional import search_scale
@@ -28,8 +28,8 @@ def grid_of(weight: Tensor, bits: Tensor, *, free: float = 0.0) -> Grid:
     """The MSE grid of rows [rows, fan] in one group."""
     from quantlab.contracts.quant import Observer
 
-    scale, zero_point = (value.double()[None] for value in search_scale(weight, bits, Observer.MSE))
-    return Grid(scale, zero_point + free, 2.0 ** bits.double()[None] - 1)
+    scale, zero_point = (value.double()[None, :, None] for value in search_scale(weight, bits, Observer.MSE))
+    return Grid(scale, zero_point + free, 2.0 ** bits.double()[None, :, None] - 1)
 
 
 def scalar_gptq(row: list[float], moment: Tensor, round_one, damping: float) -> list[float]:
@@ -56,7 +56,7 @@ def test_every_row_is_the_scalar_computation() -> None:
     grid = grid_of(weight, bits)
     found = quantize_rows(weight[None], moment[None], grid, block=5)[0]
     for index, row in enumerate(weight.double().tolist()):
-        scale, zero_point = grid.scale[0, index].item(), grid.zero_point[0, index].item()
+        scale, zero_point = grid.scale[0, index, 0].item(), grid.zero_point[0, index, 0].item()
         top = 2 ** bits[index].item() - 1
 
         def round_one(w: float, scale: float = scale, zero_point: float = zero_point, top: int = top) -> float:
@@ -82,7 +82,7 @@ def test_uncorrelated_inputs_are_rounded_to_the_nearest(seed: int, bits: int, ac
     grid = grid_of(weight, torch.full((3,), bits))
     moment = torch.diag(torch.rand(9, generator=rng).double() + 0.1)[None]
     found = quantize_rows(weight[None], moment, grid, act_order=act_order)
-    nearest = torch.stack([grid.round(column.double())[0] for column in weight[None].unbind(-1)], -1)
+    nearest = grid.round(weight[None].double())[0]
     assert torch.equal(found, nearest)
 
 
@@ -91,7 +91,7 @@ def test_uncorrelated_inputs_are_rounded_to_the_nearest(seed: int, bits: int, ac
 def test_correlated_inputs_give_a_smaller_error(seed: int, act_order: bool) -> None:
     weight, x = torch.randn(8, 24, generator=torch.Generator().manual_seed(seed)), correlated(seed + 9, 100, 24)
     grid, moment = grid_of(weight, torch.full((8,), 3)), 2 / 100 * (x.mT @ x).double()[None]
-    nearest = torch.stack([grid.round(column.double())[0] for column in weight[None].unbind(-1)], -1)
+    nearest = grid.round(weight[None].double())[0]
     found = quantize_rows(weight[None], moment, grid, act_order=act_order)
     before, after = (output_error(weight[None] - each, moment) for each in (nearest, found))
     assert after < 0.8 * before
@@ -104,8 +104,8 @@ def test_dead_inputs_are_left_out() -> None:
     x[:, 2] = 0
     grid, moment = grid_of(weight, torch.full((4,), 4)), 2 / 30 * (x.mT @ x).double()[None]
     found = quantize_rows(weight[None], moment, grid)
-    zero = grid.round(torch.zeros(1, 4, dtype=torch.float64))[0]
-    assert torch.equal(found[..., 2], zero)
+    zero = grid.round(torch.zeros(1, 4, 1, dtype=torch.float64))[0]
+    assert torch.equal(found[..., 2, None], zero)
     alive = [0, 1, 3, 4, 5]
     # The dead column's 1 counts in the mean of the diagonal, so compare without damping.
     whole = quantize_rows(weight[None], moment, grid, damping=0.0)[..., alive]
@@ -169,11 +169,9 @@ def test_the_layer_computes_with_the_chosen_values(name: str, round_zero_point: 
     if not round_zero_point:
         layer.weight_quantizer.zero_point.data += torch.linspace(-0.7, 0.7, 8)
     groups = getattr(layer, "groups", 1)
-    grid = Grid.of(layer.weight_quantizer.qparams(), groups)
     weight = layer.float_weight()
-    before = torch.stack(
-        [grid.round(c.double())[0] for c in weight.flatten(1).unflatten(0, (groups, -1)).unbind(-1)], -1
-    )
+    grid = Grid.of(layer.weight_quantizer.qparams(), weight, groups)
+    before = grid.round(weight.double().flatten(1).unflatten(0, (groups, -1)))[0]
     torch.testing.assert_close(layer.quantized_weight().flatten(1), before.flatten(0, 1).float())
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(8))
     GptqTuner(GptqConfig())._round("layer", layer, layer.quantized_input(x, None))
@@ -195,12 +193,12 @@ def test_it_lowers_the_error_of_a_network() -> None:
 
     student = assigned(toy)
     before = error(student)
-    result = GptqTuner(GptqConfig()).tune(job_of(toy, student))
+    result = GptqTuner(GptqConfig()).tune(tune_job(toy, student))
     assert error(student) < before
     assert len(result.history["total"]) == len(student.trained_layers())
     assert sum(result.history["total"]) < sum(result.history["nearest"])
     again = assigned(toy)
-    GptqTuner(GptqConfig()).tune(job_of(toy, again))
+    GptqTuner(GptqConfig()).tune(tune_job(toy, again))
     state = again.network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in student.network.state_dict().items())
 
@@ -210,4 +208,51 @@ def test_a_quantizer_without_grid_is_refused() -> None:
     student = assigned(toy)
     student.layer("blocks.0.conv").weight_quantizer = None
     with pytest.raises(RecipeError, match=r"site blocks\.0\.conv: gptq needs"):
-        GptqTuner(GptqConfig()).tune(job_of(toy, student))
+        GptqTuner(GptqConfig()).tune(tune_job(toy, student))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_columns_with_scales_of_their_own_are_the_scalar_computation(act_order: bool) -> None:
+    """Two parts of the inputs, the second with a third of the step and another zero point."""
+    rng = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(3, 10, generator=rng).double(), correlated(1, 40, 10)
+    moment = 2 / 40 * (x.mT @ x).double()
+    factor = torch.cat([torch.ones(6), torch.full((4,), 1 / 3)]).double()
+    shift = torch.cat([torch.zeros(6), torch.ones(4)]).double()
+    whole = grid_of(weight.float(), torch.full((3,), 3))
+    grid = Grid(whole.scale * factor, whole.zero_point + shift, whole.quant_max.expand(1, 3, 10))
+    found = quantize_rows(weight[None], moment[None], grid, block=4, act_order=act_order)[0]
+    order = moment.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(10)
+    for index, row in enumerate(weight):
+        scale = (whole.scale[0, index] * factor)[order].tolist()
+        zero_point = (whole.zero_point[0, index] + shift)[order].tolist()
+        steps = iter(zip(scale, zero_point, strict=True))
+
+        def round_one(w: float, steps=steps) -> float:
+            s, z = next(steps)
+            return (min(max(round(w / s) + z, 0), 7) - z) * s
+
+        expected = scalar_gptq(row[order].tolist(), moment[order][:, order], round_one, 0.01)
+        assert found[index, order].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_grid_of_a_split_weight_is_that_of_its_parts() -> None:
+    toy = split_toy()
+    layer = assigned(toy).layer("join")
+    weight = layer.float_weight()
+    grid = Grid.of(layer.weight_quantizer.qparams(), weight, 1)
+    assert grid.scale.shape == (1, 12, 24 * 9)
+    torch.testing.assert_close(
+        grid.round(weight.double().flatten(1)[None])[0][0].float(), layer.quantized_weight().flatten(1)
+    )
+
+
+def test_split_sites_in_a_network() -> None:
+    toy = split_toy(weight_bits=3)
+    student = assigned(toy)
+    scales = [part.scale.clone() for part in student.layer("join").weight_quantizer.parts]
+    result = GptqTuner(GptqConfig()).tune(tune_job(toy, student))
+    assert sum(result.history["total"]) < sum(result.history["nearest"])
+    layer = student.layer("join")
+    assert all(torch.equal(p.scale, s) for p, s in zip(layer.weight_quantizer.parts, scales, strict=True))
+    torch.testing.assert_close(layer.float_weight(), layer.quantized_weight(), rtol=1e-5, atol=1e-6)

@@ -53,7 +53,7 @@ def prepared(toy: Toy) -> Student:
 
 
 def tuner(**options: object) -> SelectiveTuner:
-    fast = {"iterations": 30, "weight_learning_rate": 1e-2, "activation_learning_rate": 1e-3}
+    fast = {"share": 0.5, "weight_learning_rate": 1e-2, "activation_learning_rate": 1e-3}
     return SelectiveTuner(SelectiveConfig.model_validate(fast | options))
 
 
@@ -92,11 +92,11 @@ def test_a_killed_run_resumes_to_the_same_bits() -> None:
     toy = attending()
     student = prepared(toy)
     job = tune_job(toy, student)
-    whole = tuner(iterations=3).tune(job)
+    whole = tuner(share=0.05).tune(job)
     assert isinstance(job.checkpoint, Memory)
     resumed = prepared(toy)
     again = replace(tune_job(toy, resumed), checkpoint=Memory(job.checkpoint.saved[:1]))
-    assert tuner(iterations=3).tune(again).history == whole.history
+    assert tuner(share=0.05).tune(again).history == whole.history
     expected = student.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())
 

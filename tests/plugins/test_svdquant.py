@@ -7,8 +7,8 @@ import torch
 from quantlab_ptq.tuners import GptqConfig, GptqTuner
 from quantlab_svdquant.tuner import SvdQuantConfig, SvdQuantTuner, quantize_rest, split
 from torch import nn
-from toys import affine, make_toy
-from tuning_jobs import assigned, job_of
+from toys import affine, make_toy, split_toy, tune_job
+from tuning_jobs import assigned
 
 from quantlab.allocation.cost import student_cost
 from quantlab.allocation.smoothing import SmoothConfig, SmoothPass
@@ -83,9 +83,9 @@ def test_a_low_rank_weight_goes_into_the_branch() -> None:
 
 def tuned(toy, *, gptq: bool = False):
     student = assigned(toy, smoothing=[SmoothPass(SmoothConfig())])
-    result = SvdQuantTuner(SvdQuantConfig(refits=4)).tune(job_of(toy, student, Tune(rank=2)))
+    result = SvdQuantTuner(SvdQuantConfig(refits=4)).tune(tune_job(toy, student, settings=Tune(rank=2)))
     if gptq:
-        GptqTuner(GptqConfig()).tune(job_of(toy, student, Tune(rank=2)))
+        GptqTuner(GptqConfig()).tune(tune_job(toy, student, settings=Tune(rank=2)))
     return student, result
 
 
@@ -133,3 +133,15 @@ def test_the_same_again() -> None:
     one, other = (tuned(toy)[0].network.state_dict() for _ in range(2))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_split_sites_get_a_branch_and_new_scales_for_each_part() -> None:
+    toy = split_toy(weight_bits=2)
+    before = assigned(toy).layer("join").weight_quantizer
+    student = assigned(toy)
+    history = SvdQuantTuner(SvdQuantConfig(rank=2)).tune(tune_job(toy, student)).history
+    assert sum(history["total"]) < sum(history["quantized"])
+    layer = student.layer("join")
+    assert layer.branch is not None
+    for part, old in zip(layer.weight_quantizer.parts, before.parts, strict=True):
+        assert not torch.equal(part.scale, old.scale)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantlab import QParams, QuantizedConv2d, QuantizedLinear, Quantizer, RecipeError
+from quantlab import QParams, QuantizedConv2d, QuantizedLinear, Quantizer, RecipeError, parts_of
 
 Layer = QuantizedLinear | QuantizedConv2d
 
@@ -18,7 +18,7 @@ class LearnedScale:
     """One trained scale.
 
     Attributes:
-        name: "site/weight scale" or "site/input scale".
+        name: "site/weight scale" or "site/input scale"; with a number behind it where parts have scales of their own.
         quantizer: that it belongs to.
         parameter: the scale, [], [out] or [T].
         factor: of its gradient, g = 1 / sqrt(numel * Qp), in the shape of the scale.
@@ -34,7 +34,7 @@ class LearnedScale:
         return self.parameter.register_hook(lambda gradient: gradient * self.factor)
 
 
-def learned_scales(layers: Mapping[str, Layer], features: Mapping[str, int]) -> list[LearnedScale]:
+def learned_scales(layers: Mapping[str, Layer], examples: Mapping[str, Tensor]) -> list[LearnedScale]:
     """The scales of both tensors of every layer.
 
     Qp is the number of levels above 0, quant_max - zero_point, at least 1: 2^(b - 1) - 1 for the paper's signed tensors
@@ -42,22 +42,24 @@ def learned_scales(layers: Mapping[str, Layer], features: Mapping[str, int]) -> 
 
     Args:
         layers: by site.
-        features: elements of each layer's input in one sample; a weight has as many as share a scale.
+        examples: each layer's input for one sample [1, ...]; numel counts what shares a scale in it or in a weight.
 
     Raises:
         RecipeError: a quantizer has no scale that can be trained.
     """
     found = []
     for name, layer in layers.items():
-        numels = {"weight": layer.weight[0].numel(), "input": features[name]}
-        quantizers = {"weight": layer.weight_quantizer, "input": layer.input_quantizer}
-        for part, quantizer in quantizers.items():
-            if quantizer is not None:
-                scale, stored = _scale_of(quantizer, f"{part} of site {name}")
-                above = (stored.quant_max - stored.zero_point).clamp(min=1)
-                found.append(
-                    LearnedScale(f"{name}/{part} scale", quantizer, scale, 1 / torch.sqrt(numels[part] * above))
-                )
+        tensors = {
+            "weight": (layer.weight_quantizer, layer.float_weight().detach()),
+            "input": (layer.input_quantizer, examples[name]),
+        }
+        for part, (quantizer, tensor) in tensors.items():
+            pieces = parts_of(quantizer, tensor) if quantizer is not None else []
+            for index, (piece, values) in enumerate(pieces):
+                scale, stored = _scale_of(piece, f"{part} of site {name}")
+                factor = 1 / torch.sqrt(values[0].numel() * (stored.quant_max - stored.zero_point).clamp(min=1))
+                number = f" {index}" if len(pieces) > 1 else ""
+                found.append(LearnedScale(f"{name}/{part} scale{number}", piece, scale, factor))
     return found
 
 
@@ -73,12 +75,13 @@ def start_at_mean_magnitude(name: str, layer: Layer) -> None:
     """
     if layer.weight_quantizer is None:
         return
-    scale, stored = _scale_of(layer.weight_quantizer, f"weight of site {name}")
-    half = (torch.as_tensor(stored.quant_max) + 1) / 2
-    magnitude = layer.float_weight().detach().float().flatten(1).abs().mean(1)
-    start = 2 * magnitude / (half - 1).clamp(min=1).sqrt()
-    scale.data = torch.where(magnitude > 0, start, stored.scale).to(scale)
-    layer.weight_quantizer.zero_point.data = half.to(scale)
+    for quantizer, weight in parts_of(layer.weight_quantizer, layer.float_weight().detach()):
+        scale, stored = _scale_of(quantizer, f"weight of site {name}")
+        half = (torch.as_tensor(stored.quant_max) + 1) / 2
+        magnitude = weight.float().flatten(1).abs().mean(1)
+        start = 2 * magnitude / (half - 1).clamp(min=1).sqrt()
+        scale.data = torch.where(magnitude > 0, start, stored.scale).to(scale)
+        quantizer.zero_point.data = half.to(scale)  # type: ignore[union-attr]
 
 
 def _scale_of(quantizer: Quantizer, where: str) -> tuple[nn.Parameter, QParams]:

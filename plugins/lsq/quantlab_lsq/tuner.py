@@ -77,11 +77,11 @@ class LsqTuner(Tuner):
         if total == 0:
             return TuneResult({"total": ()})
         layers = cast(Mapping[str, Layer], job.layers)
-        features = _features(job, layers)
+        examples = _examples(job, layers)
         if self.config.start is Start.MEAN_MAGNITUDE:
             for name, layer in layers.items():
                 start_at_mean_magnitude(name, layer)
-        learned = learned_scales(layers, features)
+        learned = learned_scales(layers, examples)
         weights = {
             f"{name}/{part}": value
             for name, layer in layers.items()
@@ -137,13 +137,13 @@ def _loss(job: TuneJob, iteration: int) -> Tensor:
     return loss
 
 
-def _features(job: TuneJob, layers: Mapping[str, Layer]) -> dict[str, int]:
-    """Elements of each layer's input in one sample."""
-    found: dict[str, int] = {}
+def _examples(job: TuneJob, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """Each layer's input for one sample [1, ...]."""
+    found: dict[str, Tensor] = {}
 
-    def count(name: str, x: Tensor, timestep: Tensor | None) -> None:
-        found[name] = x[0].numel()
+    def keep(name: str, x: Tensor, timestep: Tensor | None) -> None:
+        found[name] = x[:1].clone()
 
     batch = _batch(job, 0)
-    visit_layers(layers, lambda: job.student(batch.inputs), count)
+    visit_layers(layers, lambda: job.student(batch.inputs), keep)
     return found

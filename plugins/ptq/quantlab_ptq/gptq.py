@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab import NonFiniteError, QParams, QuantizedConv2d, QuantizedLinear
+from quantlab import NonFiniteError, QParams, QuantizedConv2d, QuantizedLinear, WeightGrid
 
 _SAMPLES_AT_ONCE = 64
 """Samples whose unfolded inputs are in memory together."""
@@ -22,7 +22,7 @@ class Grid:
     """What the rows of a weight may be rounded to.
 
     Attributes:
-        scale: float64 [groups, rows].
+        scale: float64 [groups, rows, 1], or [groups, rows, fan] where inputs have scales of their own.
         zero_point: the same shape, integers or free.
         quant_max: the same shape: rows may differ in width.
     """
@@ -32,18 +32,35 @@ class Grid:
     quant_max: Tensor
 
     @classmethod
-    def of(cls, parameters: QParams, groups: int) -> Grid:
-        """The grid of a weight's quantizer."""
-        largest = torch.as_tensor(parameters.quant_max, device=parameters.scale.device).expand_as(parameters.scale)
-        values = (parameters.scale, parameters.zero_point, largest)
-        return cls(*(value.double().unflatten(0, (groups, -1)) for value in values))
+    def of(cls, parameters: QParams, weight: Tensor, groups: int) -> Grid:
+        """The grid of the quantizer of a weight [out, in / groups, *k]."""
+        grid = WeightGrid.of(parameters, weight.dim())
 
-    def round(self, column: Tensor) -> tuple[Tensor, Tensor]:
-        """What the quantizer makes of one weight of every row [groups, rows], and a weight of which it makes that.
+        def rows(value: Tensor) -> Tensor:
+            shape = weight.shape if parameters.split else (len(weight), *(1,) * (weight.dim() - 1))
+            return value.double().expand(shape).flatten(1).unflatten(0, (groups, -1))
+
+        return cls(rows(grid.scale), rows(grid.zero_point), rows(grid.quant_max))
+
+    def take(self, columns: Tensor) -> Grid:
+        """The grid of some columns [groups, n] of the weight, in their order."""
+        if self.scale.shape[-1] == 1:
+            return self
+        index = columns[:, None].expand(-1, self.scale.shape[1], -1)
+        return Grid(*(value.gather(-1, index) for value in (self.scale, self.zero_point, self.quant_max)))
+
+    def column(self, index: int) -> Grid:
+        """The grid of one column."""
+        if self.scale.shape[-1] == 1:
+            return self
+        return Grid(*(value[..., index, None] for value in (self.scale, self.zero_point, self.quant_max)))
+
+    def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What the quantizer makes of a weight [groups, rows, fan], and a weight of which it makes that.
 
         They differ only at the ends of a range whose zero point is no integer.
         """
-        steps = torch.round(column / self.scale)
+        steps = torch.round(weight / self.scale)
         codes = torch.minimum((steps + self.zero_point).clamp(min=0), self.quant_max)
         lowest, highest = torch.floor(-self.zero_point), torch.ceil(self.quant_max - self.zero_point)
         stored = torch.minimum(torch.maximum(steps, lowest), highest)
@@ -81,7 +98,7 @@ def quantize_rows(
     Args:
         weight: [groups, rows, fan].
         moment: H, float64 [groups, fan, fan].
-        grid: of the rows.
+        grid: of the weight.
         damping: share of the mean of H's diagonal that is added to it.
         block: columns after which the error is handed on to all that follow; it changes the speed, not the result.
         act_order: columns in the order of H's diagonal, the largest first.
@@ -104,7 +121,7 @@ def quantize_rows(
         diagonal.argsort(dim=-1, descending=True, stable=True) if act_order else torch.arange(fan).expand(len(dead), -1)
     )
     order = order.to(weight.device)
-    weight = weight.gather(-1, order[:, None].expand_as(weight))
+    weight, grid = weight.gather(-1, order[:, None].expand_as(weight)), grid.take(order)
     moment = moment.gather(1, order[:, :, None].expand_as(moment)).gather(2, order[:, None].expand_as(moment))
     factor = _inverse_factor(moment)
     stored = torch.empty_like(weight)
@@ -112,10 +129,10 @@ def quantize_rows(
         stop = min(start + block, fan)
         errors = weight.new_zeros(*weight.shape[:-1], stop - start)
         for column in range(start, stop):
-            value, stored[..., column] = grid.round(weight[..., column])
-            error = (weight[..., column] - value) / factor[:, column, column, None]
-            weight[..., column:stop] -= error[..., None] * factor[:, None, column, column:stop]
-            errors[..., column - start] = error
+            value, rounded = grid.column(column).round(weight[..., column, None])
+            error = (weight[..., column, None] - value) / factor[:, column, column, None, None]
+            weight[..., column:stop] -= error * factor[:, None, column, column:stop]
+            errors[..., column - start, None], stored[..., column, None] = error, rounded
         weight[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return torch.empty_like(stored).scatter(-1, order[:, None].expand_as(stored), stored)
 
@@ -127,7 +144,7 @@ def _inverse_factor(moment: Tensor) -> Tensor:
         raise NonFiniteError(
             "the second moment of a layer's inputs is not positive definite",
             where="gptq",
-            next_step="raise the tuner's damping, or its samples",
+            next_step="raise the tuner's damping, or calibrate.samples",
         )
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 

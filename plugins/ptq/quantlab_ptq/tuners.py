@@ -16,7 +16,6 @@ from quantlab import (
     TuneJob,
     Tuner,
     TuneResult,
-    calibration_batch,
     visit_layers,
 )
 from quantlab_ptq.gptq import Grid, output_error, quantize_rows, second_moment
@@ -24,15 +23,9 @@ from quantlab_ptq.gptq import Grid, output_error, quantize_rows, second_moment
 Layer = QuantizedLinear | QuantizedConv2d
 
 
-def batch_of(job: TuneJob, samples: int) -> Mapping[str, Tensor]:
-    """Network inputs of up to ``samples`` float trajectories at every step."""
-    return calibration_batch(job.task, job.calibration, min(samples, job.calibration.num_samples)).inputs
-
-
 class GptqConfig(Strict):
     """Options of the ``gptq`` tuner."""
 
-    samples: int = Field(16, ge=1, description="float trajectories that give the inputs, at every step; at most all")
     damping: float = Field(0.01, gt=0, description="share of the mean of H's diagonal that is added to it")
     block: int = Field(128, ge=1, description="columns after which errors are handed on; changes the speed alone")
     act_order: bool = Field(False, description="columns in the order of the size of their inputs, the largest first")
@@ -70,8 +63,7 @@ class GptqTuner(Tuner):
             history["total"].append(total)
             job.progress(len(history["total"]), len(layers))
 
-        batch = batch_of(job, self.config.samples)
-        visit_layers(layers, lambda: job.student(batch), visit)
+        visit_layers(layers, lambda: job.student(job.batch.inputs), visit)
         return TuneResult(history)
 
     def _round(self, name: str, layer: Layer, x: Tensor) -> tuple[float, float]:
@@ -97,7 +89,7 @@ class GptqTuner(Tuner):
         found = quantize_rows(
             before,
             moment,
-            Grid.of(parameters, groups),
+            Grid.of(parameters, layer.weight, groups),
             damping=config.damping,
             block=config.block,
             act_order=config.act_order,
@@ -107,9 +99,7 @@ class GptqTuner(Tuner):
 
 
 class BiasCorrectionConfig(Strict):
-    """Options of the ``bias-correction`` tuner."""
-
-    samples: int = Field(16, ge=1, description="float trajectories that give the inputs, at every step; at most all")
+    """The ``bias-correction`` tuner has no options."""
 
 
 class BiasCorrectionTuner(Tuner):
@@ -135,7 +125,7 @@ class BiasCorrectionTuner(Tuner):
         without = [name for name, layer in job.layers.items() if layer.bias is None]
         layers = {name: cast(Layer, layer) for name, layer in job.layers.items() if name not in without}
         floats = {name: job.task.network.get_submodule(name) for name in layers}
-        batch = batch_of(job, self.config.samples)
+        inputs = job.batch.inputs
         expected: dict[str, Tensor] = {}
         corrections: list[float] = []
 
@@ -149,8 +139,8 @@ class BiasCorrectionTuner(Tuner):
             corrections.append(float(correction.square().mean()))
             job.progress(len(corrections), len(layers))
 
-        visit_layers(floats, lambda: job.teacher(batch), record)
-        visit_layers(layers, lambda: job.student(batch), correct)
+        visit_layers(floats, lambda: job.teacher(inputs), record)
+        visit_layers(layers, lambda: job.student(inputs), correct)
         notes = [f"{len(without)} layers have no bias to correct: {', '.join(without)}"] if without else []
         return TuneResult({"total": corrections}, notes)
 

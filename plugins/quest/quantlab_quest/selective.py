@@ -27,7 +27,7 @@ from quantlab import (
 class SelectiveConfig(Strict):
     """Options of the ``selective`` tuner."""
 
-    iterations: int | None = Field(None, ge=0, description="optimizer steps of each stage; none: tune.iterations")
+    share: float = Field(1.0, ge=0, description="optimizer steps of each stage, as a share of tune.iterations")
     batch: int | None = Field(None, ge=1, description="rows of the calibration batch in a step; none: tune.batch")
     weight_learning_rate: float = Field(1e-5, gt=0, description="of the chosen layers' weights")
     activation_learning_rate: float = Field(1e-4, gt=0, description="of all activation scales and zero points")
@@ -63,7 +63,7 @@ class SelectiveTuner(Tuner):
             QuantlabError: the network has neither layers of the time embedding nor of attention.
             NonFiniteError: names the stage where the loss is not finite.
         """
-        iterations = job.settings.iterations if self.config.iterations is None else self.config.iterations
+        iterations = job.settings.steps(self.config.share)
         if iterations == 0:
             return TuneResult({})
         stages = find_stages(job)

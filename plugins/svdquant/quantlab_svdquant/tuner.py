@@ -19,7 +19,6 @@ from quantlab import (
     TuneJob,
     Tuner,
     TuneResult,
-    calibration_batch,
     visit_layers,
 )
 
@@ -33,7 +32,6 @@ class SvdQuantConfig(Strict):
     refits: int = Field(
         100, ge=0, description="fits of the branch to what the quantized rest leaves, while the layer's error falls"
     )
-    samples: int = Field(16, ge=1, description="float trajectories that give the inputs, at every step; at most all")
 
 
 class SvdQuantTuner(Tuner):
@@ -69,9 +67,7 @@ class SvdQuantTuner(Tuner):
             history["total"].append(min(errors))
             job.progress(len(history["total"]), len(layers))
 
-        samples = min(self.config.samples, job.calibration.num_samples)
-        batch = calibration_batch(job.task, job.calibration, samples).inputs
-        visit_layers(layers, lambda: job.student(batch), visit)
+        visit_layers(layers, lambda: job.student(job.batch.inputs), visit)
         return TuneResult(history)
 
 

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from toys import ToyDenoiser, affine, make_toy, silent
+from toys import Skipping, affine, make_toy, silent, skipping_toy, split_toy
 
 from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.cost import planned_cost, student_cost
@@ -28,34 +26,9 @@ from quantlab.tuning.distill import mean_scale, parameter_groups
 from quantlab.tuning.finalize import finalize
 
 
-class Skipping(ToyDenoiser):
-    """The first convolution's output comes back before the last block, 40 times as large."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(1, 24)  # keeps the ratio of the parts
-        self.join = nn.Conv2d(24, 12, 3, padding=1)
-        self.mix = nn.Linear(24, 12)
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        embedding = F.silu(self.time(timestep.float()[:, None] / 1000))
-        first = self.conv_in(sample)
-        second = self.blocks[0](first, embedding)
-        joined = F.silu(self.norm(torch.cat([second, 40 * first], dim=1)))
-        rows = torch.cat([second.permute(0, 2, 3, 1), 40 * first.permute(0, 2, 3, 1)], dim=-1)
-        x = self.join(joined) + self.mix(F.silu(rows)).permute(0, 3, 1, 2)
-        return self.conv_out(self.blocks[1](x, embedding) + self.join(joined))
-
-
 @pytest.fixture
 def toy():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make_toy(Skipping(), weight_bits=4, activation_bits=4)
-
-
-def split_toy(toy):
-    return replace(toy, plan=make_plan(toy.sites, {"conv_in": 8}, toy.plan.budget, split_skip=True))
+    return skipping_toy()
 
 
 def assigned(toy, choices=None, smoothing=()):
@@ -115,15 +88,15 @@ def test_a_layer_called_with_and_without_a_concatenation_is_not_split() -> None:
 
 def test_splitting_lowers_the_error_and_leaves_other_sites_alone(toy) -> None:
     whole, _ = assigned(toy)
-    apart, _ = assigned(split_toy(toy))
+    apart, _ = assigned(split_toy())
     assert error(toy, apart) < error(toy, whole)
     assert isinstance(apart.layer("join").weight_quantizer, SplitQuantizer)
     other = apart.layer("blocks.0.conv").input_quantizer
     assert torch.equal(other.scale, whole.layer("blocks.0.conv").input_quantizer.scale)
 
 
-def test_smoothing_adapters_rounding_and_reload_go_through_the_parts(toy) -> None:
-    toy = split_toy(toy)
+def test_smoothing_adapters_rounding_and_reload_go_through_the_parts() -> None:
+    toy = split_toy()
     student, bit_map = assigned(toy, smoothing=[SmoothPass(SmoothConfig())])
     add_adapters(student, AdapterSpec(2), 0)
     layer = student.layer("join")
@@ -150,17 +123,17 @@ def test_scales_of_every_part_are_counted(toy, per_timestep: bool) -> None:
     activations = Activations(observer=Observer.MIN_MAX, per_timestep=per_timestep)
     choices = affine(Weights(observer=Observer.MIN_MAX), activations)
     float_model = FloatModel.of(toy.task.network)
-    apart = student_cost(*assigned(split_toy(toy), choices), float_model)
+    apart = student_cost(*assigned(split_toy(), choices), float_model)
     kept = replace(toy, plan=make_plan(toy.sites, {"conv_in": 8}, toy.plan.budget))
     whole = student_cost(*assigned(kept, choices), float_model)
-    split = [entry.site for entry in split_toy(toy).plan.sites if entry.split]
+    split = [entry.site for entry in split_toy().plan.sites if entry.split]
     assert apart.scale_bytes - whole.scale_bytes == 4 * sum(site.out_channels for site in split)
     assert apart.zero_point_bytes - whole.zero_point_bytes == sum(site.out_channels for site in split)
     entry = (4 + 1 + 2) * 4 if per_timestep else 4 + 1
     assert apart.activation_bytes - whole.activation_bytes == entry * len(split)
     assert (apart.weight_bytes, apart.bit_operations) == (whole.weight_bytes, whole.bit_operations)
     timesteps = 4 if per_timestep else 1
-    assert planned_cost(split_toy(toy).plan, float_model, timesteps=timesteps, smoothed=False) == apart
+    assert planned_cost(split_toy().plan, float_model, timesteps=timesteps, smoothed=False) == apart
 
 
 def test_a_plan_without_splits_has_the_digest_it_always_had(toy) -> None:

@@ -92,3 +92,21 @@ def test_rounding_and_positive_scales_reach_every_part() -> None:
             part.scale.fill_(-1.0)
         quantizer.constrain()
     assert all(part.scale > 0 for part in quantizer.parts)
+
+
+def test_formats_of_their_own_decide_and_are_counted_in_each_part() -> None:
+    class Format(AffineQuantizer):
+        errors: list[float]
+
+        def choose(self, output_error) -> None:
+            self.errors.append(output_error())
+
+        def extra_bytes(self) -> int:
+            return 7
+
+    parts = [Format.from_spec(QuantSpec(PerTensor()), 4, AffineConfig()) for _ in SIZES]
+    for part in parts:
+        part.errors = []
+    quantizer = SplitQuantizer(parts, SIZES, 1)
+    quantizer.choose(lambda: 0.5)
+    assert [part.errors for part in parts] == [[0.5], [0.5]] and quantizer.extra_bytes() == 14

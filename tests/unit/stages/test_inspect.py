@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from toys import affine, make_toy, silent
+from toys import affine, make_toy, silent, split_toy
+from tuning_jobs import assigned
 
 from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.smoothing import SmoothConfig, SmoothPass
@@ -72,3 +73,13 @@ def test_a_network_without_tables_has_none() -> None:
     method = AssignMethod([], [UniformPolicy(UniformPolicy.Config())], choices, InputsFrom.TEACHER)
     assign(student, method, batch, torch.Generator().manual_seed(0), silent)
     assert activation_scales(student) == {}
+
+
+def test_the_parts_of_a_split_input_have_tables_of_their_own() -> None:
+    toy = split_toy()
+    student = assigned(toy)
+    found = activation_scales(student)
+    parts = student.layer("join").input_quantizer.parts
+    assert "join" not in found and len(parts) == 2
+    for index, part in enumerate(parts):
+        assert found[f"join, part {index}"]["scales"] == pytest.approx(part.scale.tolist(), rel=1e-5)

@@ -7,20 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Memory, Toy, affine, make_toy, silent, tune_job
+from toys import Memory, Toy, affine, make_toy, silent, split_toy, tune_job
 
 from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.student import Student
 from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.block import TEMPORAL, Block, Border, Grouping, Partition
-from quantlab.contracts.sections import Activations, InputsFrom
+from quantlab.contracts.sections import Activations, InputsFrom, Tune
 from quantlab.errors import NonFiniteError, QuantlabError
 from quantlab.tuning.block_data import BlockData
 from quantlab.tuning.finalize import finalize
 from quantlab.tuning.reconstruct import ReconstructConfig, ReconstructTuner, block_error
 
-FAST: dict[str, object] = {"iterations": 60, "batch": 16, "learning_rate": 0.05}
+FAST: dict[str, object] = {"batch": 16, "learning_rate": 0.05}
 
 
 def prepared(toy: Toy, inputs: Activations | None = None) -> Student:
@@ -31,10 +31,13 @@ def prepared(toy: Toy, inputs: Activations | None = None) -> Student:
     return student
 
 
-def reconstructed(toy: Toy, inputs: Activations | None = None, **options: object) -> tuple[Student, dict]:
+def reconstructed(
+    toy: Toy, inputs: Activations | None = None, iterations: int = 60, **options: object
+) -> tuple[Student, dict]:
     student = prepared(toy, inputs)
+    job = tune_job(toy, student, settings=Tune(iterations=iterations))
     config = ReconstructConfig.model_validate(FAST | options)
-    return student, dict(ReconstructTuner(config).tune(tune_job(toy, student)).history)
+    return student, dict(ReconstructTuner(config).tune(job).history)
 
 
 def output_error(toy: Toy, student: Student) -> float:
@@ -109,12 +112,29 @@ def test_it_lowers_the_output_error_and_stays_on_the_grid(options: dict) -> None
     assert max(finalize(student.layers()).values()) == 0
 
 
+@pytest.mark.parametrize("activations", ["joint", "after"])
+def test_split_sites_are_reconstructed_part_by_part(activations: str) -> None:
+    toy = split_toy(weight_bits=2, activation_bits=6)
+    before = prepared(toy)
+    student, _ = reconstructed(toy, activations=activations, drop=0.5)
+    assert output_error(toy, student) < 0.7 * output_error(toy, before)
+    for site in ("join", "mix"):
+        layer, start = student.layer(site), before.layer(site)
+        for part, old in zip(layer.input_quantizer.parts, start.input_quantizer.parts, strict=True):
+            assert not torch.equal(part.scale, old.scale)
+        columns = layer.float_weight().split((12, 12), 1)
+        for part, piece in zip(layer.weight_quantizer.parts, columns, strict=True):
+            codes = piece / part.scale.view(-1, *(1,) * (piece.dim() - 1))
+            torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
+        assert not torch.equal(layer.quantized_weight(), start.quantized_weight())
+
+
 def test_blocks_and_their_order() -> None:
     toy = make_toy()
     _, history = reconstructed(toy, iterations=2)
     assert list(history) == ["time", "conv_in", "blocks.0", "blocks.1", "conv_out"]
     assert {len(errors) for errors in history.values()} == {2}
-    _, history = reconstructed(toy, iterations=2, temporal_first=True, activations="after", activation_iterations=3)
+    _, history = reconstructed(toy, iterations=2, temporal_first=True, activations="after", activation_share=1.5)
     assert list(history) == [TEMPORAL, "conv_in", "blocks.0", "blocks.1", "conv_out"]
     assert {len(errors) for errors in history.values()} == {5}
 
@@ -135,14 +155,16 @@ def test_the_temporal_block_is_not_touched_again() -> None:
 @pytest.mark.parametrize("blocks_before", [1, 3, 5])
 def test_a_killed_run_resumes_to_the_same_bits(blocks_before: int) -> None:
     toy = make_toy(weight_bits=2, activation_bits=4)
-    options = FAST | {"iterations": 8, "drop": 0.5, "float_inputs": 0.5, "activations": "joint"}
+    options = FAST | {"drop": 0.5, "float_inputs": 0.5, "activations": "joint"}
     tuner = ReconstructTuner(ReconstructConfig.model_validate(options))
     student = prepared(toy)
-    job = tune_job(toy, student)
+    job = tune_job(toy, student, settings=Tune(iterations=8))
     whole = tuner.tune(job)
     assert isinstance(job.checkpoint, Memory)
     resumed = prepared(toy)
-    again = replace(tune_job(toy, resumed), checkpoint=Memory(job.checkpoint.saved[:blocks_before]))
+    again = replace(
+        tune_job(toy, resumed, settings=job.settings), checkpoint=Memory(job.checkpoint.saved[:blocks_before])
+    )
     assert tuner.tune(again).history == whole.history
     expected = student.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())

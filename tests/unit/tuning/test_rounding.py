@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantlab.contracts.quant import Observer, PerChannel, QuantSpec
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear, to_quantized
 from quantlab.quant.quantizers import AffineConfig, AffineQuantizer
+from quantlab.quant.split import SplitQuantizer
 from quantlab.tuning.rounding import (
     DroppedQuantizer,
     SoftRounding,
@@ -144,3 +145,27 @@ def test_mixing_is_seeded() -> None:
     x, other = torch.zeros(100), torch.ones(100)
     assert torch.equal(mix(x, other, 0.5, seeded(3)), mix(x, other, 0.5, seeded(3)))
     assert not torch.equal(mix(x, other, 0.5, seeded(3)), mix(x, other, 0.5, seeded(4)))
+
+
+def test_the_parts_of_a_split_weight_are_rounded_on_their_own_grids() -> None:
+    """The written weight is quantized to the learned codes, and each part is what it would be by itself."""
+    bits = torch.tensor([2, 3, 4, 8], dtype=torch.int8)
+    layer = to_quantized(nn.Conv2d(8, 4, 3).requires_grad_(False))
+    nn.init.normal_(layer.weight, generator=seeded())
+    layer.weight[:, :5] *= 40
+    parts = [AffineQuantizer.from_spec(QuantSpec(PerChannel(0)), bits, AffineConfig()) for _ in range(2)]
+    layer.weight_quantizer = SplitQuantizer(parts, (5, 3), 1)
+    layer.weight_quantizer.observe(layer.weight)
+    layer.weight_quantizer.freeze()
+    weight = layer.float_weight().clone()
+    soft = SoftRounding(layer.weight_quantizer, weight)
+    soft.logits.data = torch.randn(weight.shape, generator=seeded(2))
+    by_hand = []
+    for part, piece, logits in zip(parts, weight.split((5, 3), 1), soft.logits.split((5, 3), 1), strict=True):
+        alone = SoftRounding(part, piece)
+        alone.logits.data = logits
+        by_hand.append(part(alone.hard(piece)))
+    layer.set_float_weight(soft.hard(weight))
+    assert torch.equal(layer.quantized_weight(), torch.cat(by_hand, 1))
+    soft.logits.data = torch.where(soft.logits >= 0, 50.0, -50.0)
+    assert torch.equal(soft(weight), layer.quantized_weight())
