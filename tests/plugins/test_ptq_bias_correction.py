@@ -36,12 +36,13 @@ def test_channel_means_by_hand() -> None:
     assert channel_means(nn.Linear(1, 2), y).tolist() == [11.0, 12.0]
 
 
-@pytest.mark.parametrize(("make", "atol"), [(make_toy, 1e-5), (split_toy, 1e-3)])  # one part is 40 times as large
+@pytest.mark.parametrize(("make", "atol"), [(make_toy, 1e-5), (split_toy, 1e-4)])  # one part is 40 times as large
 def test_every_layer_gets_the_float_means(make, atol: float) -> None:
     toy = make(weight_bits=2, activation_bits=3)
     student = assigned(toy)
     weights = {name: layer.weight.clone() for name, layer in student.layers().items()}
-    job, names = tune_job(toy, student), list(student.layers())
+    job = tune_job(toy, student)
+    names = list(job.layers)
     inputs = {name: value.flatten(0, 1) for name, value in toy.calibration.inputs.items()}
     before = means(student.network, names, lambda: job.student(inputs))
     result = tuned(toy, student)
