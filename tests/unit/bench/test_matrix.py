@@ -43,7 +43,7 @@ def write(tmp_path: Path):
 def succeed(loaded, options) -> SimpleNamespace:
     recipe = loaded.recipe
     row = Row(recipe.method, "digits", 2, 4, 1, 8, 1.0, {"fid": 1.0}, 1.0, "p", recipe.seed, True, True, "a")
-    return SimpleNamespace(rows=(row,))
+    return SimpleNamespace(folder=None, rows=(row,))
 
 
 def go(path: Path, only: tuple[str, ...] = ()):

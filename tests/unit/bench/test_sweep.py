@@ -32,7 +32,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         done.append(bits)
         metrics = {"fid-to-teacher": FID[bits] + seed / 10, "psnr": 30.0 + bits}
         row = Row("mse", "digits", bits, 4, 1000 * bits, 32000, 1.0, metrics, 1.0, "p", seed, True, True, "a")
-        return SimpleNamespace(rows=(row,))
+        return SimpleNamespace(folder=None, rows=(row,))
 
     monkeypatch.setattr(worker, "run", run)
     return done
