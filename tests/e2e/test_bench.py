@@ -55,6 +55,7 @@ def alone(tmp_path_factory) -> Path:
     stopping = Stopping(Verbosity.NORMAL, live=False)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr("quantlab.bench.display.PLAIN_INTERVAL_SECONDS", 0.0)
+        patch.setattr("quantlab.bench.relay.SECONDS_BETWEEN", 0.0)  # or a fast machine draws before anything is told
         bench(path, load_registry(), folder / "runs", stopping, ("seed=1",))
     assert numbers(folder) == {} and not list(folder.glob("runs/.store/*.partial"))
     for seed in (1, 2):
