@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from quantlab.recipe.schema import Recipe
     from quantlab.run import RunOptions, RunResult
     from quantlab.run import run as run_recipe
-    from quantlab.tuning.checkpoint import restore_training, save_training
+    from quantlab.tuning.checkpoint import restore_layers, restore_training, save_layers, save_training
     from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
     from quantlab.tuning.visit import visit_layers
 
@@ -103,7 +103,7 @@ _NAMES = {
     "recipe.method": "method_from_yaml",
     "recipe.schema": "Recipe",
     "run": "RunOptions RunResult run_recipe=run",
-    "tuning.checkpoint": "restore_training save_training",
+    "tuning.checkpoint": "restore_layers restore_training save_layers save_training",
     "tuning.finite": "blame_non_finite require_finite_gradients",
     "tuning.visit": "visit_layers",
 }
@@ -197,9 +197,11 @@ __all__ = [
     "parts_of",
     "quantize",
     "require_finite_gradients",
+    "restore_layers",
     "restore_training",
     "run_bench",
     "run_recipe",
+    "save_layers",
     "save_training",
     "search_scale",
     "visit_layers",

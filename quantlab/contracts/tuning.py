@@ -191,9 +191,9 @@ class Tuner(ABC):
     @abstractmethod
     def __init__(self, config: BaseModel) -> None: ...
 
-    @abstractmethod
     def adapter(self, settings: Tune) -> AdapterSpec | None:
-        """The adapter the engine puts into every layer that may be trained, or None."""
+        """The adapter the engine puts into every layer that may be trained; none unless a tuner asks for one."""
+        return None
 
     @abstractmethod
     def tune(self, job: TuneJob) -> TuneResult:

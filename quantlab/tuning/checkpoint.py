@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from quantlab.contracts.tuning import Checkpoint, Loss
+from quantlab.contracts.tuning import Checkpoint, Loss, TuneJob
 
 
 def save_training(
@@ -71,3 +71,22 @@ def restore_training(
     for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
         group["lr"] = base * schedule.lr_lambdas[0](iteration)
     return iteration
+
+
+def save_layers(job: TuneJob, done: int, history: Mapping[str, Sequence[float]]) -> None:
+    """Write all layers of a job after ``done`` of its parts, with the losses of each part by its name."""
+    tensors = {f"layer/{site}/{k}": v for site, layer in job.layers.items() for k, v in layer.state_dict().items()}
+    tensors |= {f"history/{name}": torch.tensor(losses, dtype=torch.float64) for name, losses in history.items()}
+    job.checkpoint.save(done, tensors)
+
+
+def restore_layers(job: TuneJob, parts: Sequence[str]) -> dict[str, list[float]]:
+    """Go back to what ``save_layers`` wrote, if anything; returns the losses of the ``parts`` that are done."""
+    saved = job.checkpoint.load()
+    if saved is None:
+        return {}
+    done, tensors = saved
+    for site, layer in job.layers.items():
+        prefix = f"layer/{site}/"
+        layer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return {name: tensors[f"history/{name}"].tolist() for name in parts[:done]}

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from quantlab.contracts.block import Block, Grouping, Partition
 from quantlab.contracts.config import Strict
 from quantlab.contracts.quantizer import Quantizer
-from quantlab.contracts.sections import Tune
-from quantlab.contracts.tuning import AdapterSpec, TuneJob, Tuner, TuneResult
+from quantlab.contracts.tuning import TuneJob, Tuner, TuneResult
 from quantlab.errors import QuantlabError
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
 from quantlab.tuning.block_data import BlockData
+from quantlab.tuning.checkpoint import restore_layers, save_layers
 from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
 from quantlab.tuning.rounding import DroppedQuantizer, SoftRounding, beta_at, rounding_regulariser
 
@@ -82,10 +82,6 @@ class ReconstructTuner(Tuner):
     def __init__(self, config: ReconstructConfig) -> None:
         self.config = config
 
-    def adapter(self, settings: Tune) -> AdapterSpec | None:
-        """None: weights are rounded, not changed."""
-        return None
-
     def tune(self, job: TuneJob) -> TuneResult:
         """Reconstruct every block in place, saving after each; the weights end on their quantizers' grids.
 
@@ -101,7 +97,7 @@ class ReconstructTuner(Tuner):
         layers = cast(Mapping[str, Layer], job.layers)
         _require_grids(layers)
         blocks = job.cut(Partition(config.grouping, config.temporal_first, inner_outputs=config.inner_weight > 0))
-        history = _restore(job, blocks)
+        history = restore_layers(job, [block.name for block in blocks])
         total = len(blocks) * (iterations + afterwards)
         for index, block in enumerate(blocks):
             if block.name in history:
@@ -110,7 +106,7 @@ class ReconstructTuner(Tuner):
             reconstruction = _Reconstruction(config, job, block, index, step)
             errors = reconstruction.learn_rounding(iterations) if iterations else []
             history[block.name] = errors + (reconstruction.learn_activations(afterwards) if afterwards else [])
-            _save(job, index + 1, history)
+            save_layers(job, index + 1, history)
         return TuneResult(history)
 
 
@@ -279,21 +275,3 @@ def _require_grids(layers: Mapping[str, Layer]) -> None:
                 allowed="a quantizer with scale and zero point",
                 next_step='choose weights.quantizer "affine", or leave this tuner out',
             )
-
-
-def _save(job: TuneJob, done: int, history: Mapping[str, Sequence[float]]) -> None:
-    tensors = {f"layer/{s}/{name}": v for s, layer in job.layers.items() for name, v in layer.state_dict().items()}
-    tensors |= {f"history/{name}": torch.tensor(errors, dtype=torch.float64) for name, errors in history.items()}
-    job.checkpoint.save(done, tensors)
-
-
-def _restore(job: TuneJob, blocks: Sequence[Block]) -> dict[str, list[float]]:
-    """Go back to the checkpoint, if there is one; returns the history of the blocks that are done."""
-    saved = job.checkpoint.load()
-    if saved is None:
-        return {}
-    done, tensors = saved
-    for site, layer in job.layers.items():
-        prefix = f"layer/{site}/"
-        layer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return {block.name: tensors[f"history/{block.name}"].tolist() for block in blocks[:done]}

@@ -62,9 +62,6 @@ class LsqTuner(Tuner):
     def __init__(self, config: LsqConfig) -> None:
         self.config = config
 
-    def adapter(self, settings: object) -> None:
-        """None: the weights themselves are trained."""
-
     def tune(self, job: TuneJob) -> TuneResult:
         """Train in place for ``job.settings.iterations`` steps; the history has the mean squared error as "total".
 

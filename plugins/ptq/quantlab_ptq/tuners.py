@@ -42,9 +42,6 @@ class GptqTuner(Tuner):
     def __init__(self, config: GptqConfig) -> None:
         self.config = config
 
-    def adapter(self, settings: object) -> None:
-        """None: the weight itself is changed."""
-
     def tune(self, job: TuneJob) -> TuneResult:
         """Round every layer in the graph's order, on the inputs that the rounded layers before it give.
 
@@ -112,9 +109,6 @@ class BiasCorrectionTuner(Tuner):
 
     def __init__(self, config: BiasCorrectionConfig) -> None:
         self.config = config
-
-    def adapter(self, settings: object) -> None:
-        """None: only biases are changed."""
 
     def tune(self, job: TuneJob) -> TuneResult:
         """Correct every layer in the graph's order, on the inputs that the corrected layers before it give.

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from quantlab import (
     TEMPORAL,
-    AdapterSpec,
     Grouping,
     NonFiniteError,
     Partition,
     QuantlabError,
     Strict,
-    Tune,
     TuneJob,
     Tuner,
     TuneResult,
+    restore_layers,
+    save_layers,
 )
 
 
@@ -52,10 +52,6 @@ class SelectiveTuner(Tuner):
     def __init__(self, config: SelectiveConfig) -> None:
         self.config = config
 
-    def adapter(self, settings: Tune) -> AdapterSpec | None:
-        """None: the weights themselves are trained."""
-        return None
-
     def tune(self, job: TuneJob) -> TuneResult:
         """Train in place, saving after each stage.
 
@@ -67,11 +63,11 @@ class SelectiveTuner(Tuner):
         if iterations == 0:
             return TuneResult({})
         stages = find_stages(job)
-        history = _restore(job, stages)
+        history = restore_layers(job, [stage.name for stage in stages])
         for index, stage in enumerate(stages):
             if stage.name not in history:
                 history[stage.name] = self._train(job, stages, index, iterations)
-                _save(job, index + 1, history)
+                save_layers(job, index + 1, history)
         return TuneResult(history)
 
     def _train(self, job: TuneJob, stages: Sequence[Stage], index: int, iterations: int) -> list[float]:
@@ -145,21 +141,3 @@ def _require_grad(parameters: Sequence[nn.Parameter], required: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(required)
         parameter.grad = None
-
-
-def _save(job: TuneJob, done: int, history: Mapping[str, Sequence[float]]) -> None:
-    tensors = {f"layer/{s}/{name}": v for s, layer in job.layers.items() for name, v in layer.state_dict().items()}
-    tensors |= {f"history/{name}": torch.tensor(losses, dtype=torch.float64) for name, losses in history.items()}
-    job.checkpoint.save(done, tensors)
-
-
-def _restore(job: TuneJob, stages: Sequence[Stage]) -> dict[str, list[float]]:
-    """Go back to the checkpoint, if there is one; returns the history of the stages that are done."""
-    saved = job.checkpoint.load()
-    if saved is None:
-        return {}
-    done, tensors = saved
-    for site, layer in job.layers.items():
-        prefix = f"layer/{site}/"
-        layer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return {stage.name: tensors[f"history/{stage.name}"].tolist() for stage in stages[:done]}

@@ -45,9 +45,6 @@ class SvdQuantTuner(Tuner):
     def __init__(self, config: SvdQuantConfig) -> None:
         self.config = config
 
-    def adapter(self, settings: object) -> None:
-        """None: the branch is not merged, so it is no adapter."""
-
     def tune(self, job: TuneJob) -> TuneResult:
         """Split every layer in the graph's order, on the inputs that the split layers before it give.
 
