@@ -12,7 +12,7 @@ first looked up, so heavy imports belong inside them: listing methods then stays
 Every class has
 
 - ``name``: how recipes call it, in lower case with dashes;
-- ``Config``: a ``quantlab.Strict`` model of its options, checked when the recipe is read (passes, policies,
+- ``Config``: a ``quantlab.Strict`` model of its options, checked when the recipe is read (sources, passes, policies,
   samplers, quantizers, losses, tuners and corrections);
 - ``paper``: where it was published, or None;
 - ``version``: an integer, raised whenever its numbers change, so that stored results are not reused;
@@ -64,9 +64,11 @@ def quantlab_methods() -> Iterable[Method]:  # type: ignore[empty-body]
 def quantlab_models() -> Iterable[type]:  # type: ignore[empty-body]
     """Model sources: where a recipe's ``model.source`` leads.
 
-    The engine calls ``load`` of the class with the model's name and the recipe's sampling section, and gets the task:
-    the network with its inputs, its calibration and its evaluation. A class that lists its models in ``models`` has a
-    recipe's name checked when the recipe is read.
+    The engine builds the class with its Config, whose options stand in the recipe beside ``source`` and ``name``, and
+    calls ``load`` with the recipe's model and sampling sections; it gets the task: the network with its inputs, its
+    calibration and its evaluation. ``identity(model)`` hashes what the model is made from, such as its file of weights.
+    A class that lists its models in ``models`` has a recipe's name checked when the recipe is read; one whose models
+    have no names says ``needs_name = False``.
     """
 
 

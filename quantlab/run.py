@@ -123,7 +123,7 @@ def check_budgets(loaded: LoadedRecipe, sites: Sequence[Site], float_model: Floa
 def cell_digest(loaded: LoadedRecipe) -> str:
     """Hash of everything a run's numbers depend on: recipe, weights, and versions of plugins, stages and accounting."""
     recipe, registry = loaded.recipe, loaded.registry
-    source = registry.find(Kind.MODEL, recipe.model.source).value
+    source = registry.create(Kind.MODEL, recipe.model.plugin)
     arms = [for_method(loaded, method) for method in (*recipe.baselines, recipe.method)]
     versions = [prepare.CAPTURE_VERSION, prepare.CALIBRATE_VERSION, quantize.ASSIGN_VERSION, quantize.TUNE_VERSION]
     versions += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION, ACCOUNTING_VERSION]
@@ -132,7 +132,7 @@ def cell_digest(loaded: LoadedRecipe) -> str:
         {
             "arms": [essence(arm, registry) for arm in arms],
             "plugins": {name: found for arm in arms for name, found in plugin_versions(arm, registry).items()},
-            "weights": source(source.Config()).identity(recipe.model),
+            "weights": source.identity(recipe.model),
             "versions": versions,
             **feature_identity(recipe.evaluate),
         }
@@ -162,8 +162,8 @@ def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:
             got=f"{device} ({reason})",
             allowed="cpu, or cuda, cuda:1, ... on a machine and a torch that have it",
         ) from error
-    source = loaded.registry.find(Kind.MODEL, loaded.recipe.model.source).value
-    return source(source.Config()).load(loaded.recipe.model, loaded.recipe.sampling, place, kinds[dtype])
+    source = loaded.registry.create(Kind.MODEL, loaded.recipe.model.plugin)
+    return source.load(loaded.recipe.model, loaded.recipe.sampling, place, kinds[dtype])
 
 
 def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> str:

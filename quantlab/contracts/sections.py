@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from quantlab.contracts.config import Strict
 from quantlab.contracts.quant import Observer
@@ -38,14 +38,36 @@ class Choice(Strict):
 
 
 class Model(Strict):
-    """Which model."""
+    """Which model. In YAML the options of its source stand beside the keys that every source has."""
 
     source: str = Field(default="builtin", description="the plugin that loads it")
-    name: str = Field(description="the model's name at that source")
+    name: str = Field(default="", description="the model's name at that source")
     weights: str | None = Field(
         default=None,
         description="a file of other weights, from the working folder: .safetensors, or .pt, .pth, .ckpt of tensors",
     )
+    options: dict[str, object] = Field(default_factory=dict, description="of the source, checked against its Config")
+
+    @property
+    def plugin(self) -> Choice:
+        """The source with its options."""
+        return Choice(name=self.source, options=self.options)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        given = cast(dict[object, object], value)
+        own = {key: child for key, child in given.items() if key in cls.model_fields}
+        others = {key: child for key, child in given.items() if key not in cls.model_fields}
+        return {**own, "options": {**cast(dict[object, object], own.get("options", {})), **others}}
+
+    @model_serializer(mode="wrap")
+    def _spread_options(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        own: dict[str, object] = dump(self)
+        options = cast(dict[str, object], own.pop("options", {}))
+        return {**own, **options}
 
 
 class Keep(Strict):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from quantlab.contracts.sections import Choice
+from quantlab.contracts.sections import Choice, Model
 from quantlab.errors import RecipeError, nearest
 from quantlab.plugins import Kind, Registry
 from quantlab.recipe.choices import with_choices
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
-def check(model: type[AnyModel], root: Node, at: KeyPath = (), value: object = None) -> AnyModel:
+def check(
+    model: type[AnyModel], root: Node, at: KeyPath = (), value: object = None, beside: Collection[str] = ()
+) -> AnyModel:
     """Validate against a pydantic model, without turning text or true into a number.
 
     Args:
@@ -31,6 +33,7 @@ def check(model: type[AnyModel], root: Node, at: KeyPath = (), value: object = N
         root: the whole recipe, for the origins.
         at: where in the recipe the value stands.
         value: what to validate; the value at ``at`` without it.
+        beside: keys that may stand there too, and were checked before.
 
     Raises:
         RecipeError: what is wrong, with its file and line, the value, what is allowed and the nearest spelling.
@@ -44,7 +47,7 @@ def check(model: type[AnyModel], root: Node, at: KeyPath = (), value: object = N
         # A union reports each of its members: one message for all errors at one place.
         _, place = root.reach((*at, *errors[0]["loc"]))
         alike = [other for other in errors if root.reach((*at, *other["loc"]))[1] == place]
-        raise _recipe_error(model, root, at, place, alike) from error
+        raise _recipe_error(model, root, at, place, alike, beside) from error
 
 
 def check_plugins(recipe: Recipe, root: Node, registry: Registry) -> Recipe:
@@ -61,12 +64,22 @@ def check_plugins(recipe: Recipe, root: Node, registry: Registry) -> Recipe:
         checked = check(config, root, inside, choice.options)
         return choice.model_copy(update={"options": checked.model_dump(mode="json")})
 
-    registry.find(Kind.MODEL, recipe.model.source, root.reach(("model", "source"))[0].origin)
-    return with_choices(recipe, complete)
+    config = registry.find(Kind.MODEL, recipe.model.source, root.reach(("model", "source"))[0].origin).value.Config
+    keys = [name for name in Model.model_fields if name != "options"]
+    options = check(config, root, ("model",), recipe.model.options, keys).model_dump(mode="json")
+    model = recipe.model.model_copy(update={"options": options})
+    return with_choices(recipe.model_copy(update={"model": model}), complete)
 
 
 def check_model(recipe: Recipe, root: Node, registry: Registry) -> None:
     """Raise RecipeError for a model that its source, where it can tell, does not have, or for missing weights."""
+    source = registry.find(Kind.MODEL, recipe.model.source).value
+    if not recipe.model.name and getattr(source, "needs_name", True):
+        raise RecipeError(
+            '"model.name" is missing',
+            where=root.reach(("model",))[0].origin,
+            next_step="add it, or extend a base recipe",
+        )
     weights = recipe.model.weights
     if weights is not None and not Path(weights).is_file():
         raise RecipeError(
@@ -75,7 +88,6 @@ def check_model(recipe: Recipe, root: Node, registry: Registry) -> None:
             got=weights,
             next_step="give a path relative to the working folder, or an absolute one",
         )
-    source = registry.find(Kind.MODEL, recipe.model.source).value
     known: Collection[str] | None = getattr(source, "models", None)
     if known is not None and recipe.model.name not in known:
         raise RecipeError(
@@ -87,13 +99,19 @@ def check_model(recipe: Recipe, root: Node, registry: Registry) -> None:
 
 
 def _recipe_error(
-    model: type[BaseModel], root: Node, at: KeyPath, place: KeyPath, errors: list[ErrorDetails]
+    model: type[BaseModel],
+    root: Node,
+    at: KeyPath,
+    place: KeyPath,
+    errors: list[ErrorDetails],
+    beside: Collection[str],
 ) -> RecipeError:
     """The message for what pydantic found at one place of the recipe."""
     node, first = root.reach(place)[0], errors[0]
     dotted, key = ".".join(map(str, place)), str(first["loc"][-1]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
-        known = _fields(model, place[len(at) : -1])
+        inner = place[len(at) : -1]
+        known = [*(() if inner else beside), *_fields(model, inner)]
         inside = f' in "{".".join(map(str, place[:-1]))}"' if len(place) > 1 else ""
         return RecipeError(
             f'unknown key "{key}"{inside}',

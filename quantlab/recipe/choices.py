@@ -63,7 +63,10 @@ def essence(recipe: Recipe, registry: Registry) -> JSON:
         options = registry.config(kind, choice).model_dump(mode="json", exclude_defaults=True)
         return choice.model_copy(update={"options": options})
 
-    return with_choices(recipe, reduce).model_dump(mode="json", exclude_defaults=True)
+    source = reduce(Kind.MODEL, ("model",), recipe.model.plugin)
+    model = recipe.model.model_copy(update={"options": source.options})
+    reduced = with_choices(recipe.model_copy(update={"model": model}), reduce)
+    return reduced.model_dump(mode="json", exclude_defaults=True)
 
 
 def _at(recipe: Recipe, path: KeyPath) -> Any:

@@ -22,6 +22,10 @@ class KurtosisConfig(Strict):
     groups: int = 5
     offsets: tuple[int, ...] = (-1, 0, 1)
 
+class FolderConfig(Strict):
+    component: str = "unet"
+    shards: int = 1
+
 def part(name, config=Nothing):
     return type(name, (), {"name": name, "Config": config, "version": 1, "__doc__": f"The part {name}."})
 
@@ -37,7 +41,7 @@ def quantlab_methods():
 
 @hookimpl
 def quantlab_models():
-    return [part("builtin")]
+    return [part("builtin"), part("folder", FolderConfig)]
 
 @hookimpl
 def quantlab_bit_policies():

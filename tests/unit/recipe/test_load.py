@@ -5,6 +5,8 @@ import pytest
 from quantlab.contracts.quant import Observer
 from quantlab.errors import RecipeError
 from quantlab.plugins import Kind
+from quantlab.recipe.choices import essence
+from quantlab.recipe.explain import resolved_yaml
 from quantlab.recipe.load import for_method, load_recipe
 
 GOOD = """\
@@ -127,6 +129,21 @@ BAD = [
     pytest.param(GOOD.replace("version: 1", "version: 2"), 1, ["version 1", "got: 2"], id="version"),
     pytest.param(GOOD.replace("version: 1\n", ""), None, ['"version" is missing'], id="no version"),
     pytest.param(GOOD.replace("model: {name: digits}", "model: {}"), 2, ['"model.name" is missing'], id="missing key"),
+    pytest.param(
+        GOOD.replace("{name: d", "{nmae: d"),
+        2,
+        ['"nmae" in "model"', "source, name, weights", '"name"'],
+        id="model key",
+    ),
+    pytest.param(
+        GOOD.replace("{name: d", "{source: folder, componnet: vae, name: d"), 2, ['"component"'], id="source's key"
+    ),
+    pytest.param(
+        GOOD.replace("{name: d", "{source: folder, shards: many, name: d"),
+        2,
+        ['"model.shards"', "int"],
+        id="its source value",
+    ),
     pytest.param(GOOD.replace("mixed", "mixd"), 3, ['no method "mixd"', 'did you mean "mixed"'], id="method"),
     pytest.param(GOOD + "baselines: [plane]\n", 5, ['no method "plane"', "mixed, plain", '"plain"'], id="baseline"),
     pytest.param(GOOD + "allocate:\n  - kurtosys\n", 6, ['no policy "kurtosys"', '"kurtosis"'], id="policy"),
@@ -242,6 +259,17 @@ def test_a_model_that_its_source_does_not_have_is_told_with_its_line(registry, w
     with pytest.raises(RecipeError, match=r':2: the source "builtin" has no model "digitz"') as caught:
         load_recipe(path, (), registry)
     assert 'did you mean "digits"' in str(caught.value)
+
+
+def test_the_options_of_a_source_stand_beside_its_name(registry, write):
+    path = write(GOOD.replace("{name: d", "{source: folder, shards: 3, name: d"))
+    loaded = load_recipe(path, (), registry)
+    assert loaded.recipe.model.options == {"component": "unet", "shards": 3}, "complete with defaults"
+    assert loaded.origin["model.shards"].endswith(":2")
+    assert loaded.origin["model.component"] == "default"
+    again = write(resolved_yaml(loaded.recipe))
+    assert load_recipe(again, (), registry).recipe == loaded.recipe
+    assert "component" not in essence(loaded.recipe, registry)["model"], "a default adds nothing to the hash"
 
 
 def test_a_missing_recipe_has_the_nearest_name(registry):
