@@ -347,7 +347,7 @@ def zoo_train(
     output: Annotated[Path, typer.Option("--output", help="folder for the weights")] = Path("zoo"),
     verbose: VerboseOption = False,
 ) -> None:
-    """Train a model that ships once more, on one core: digits in minutes, shapes in an hour. A stopped one goes on."""
+    """Train a model that ships once more, on one core: digits in minutes, shapes in two hours. A stopped one goes on."""
     with told(verbose):
         from quantlab.zoo.train import train
 
@@ -356,7 +356,7 @@ def zoo_train(
 
 @zoo_app.command("check")
 def zoo_check(
-    name: Annotated[str, typer.Argument(help="a denoiser that ships: digits or digits-heavy")],
+    name: Annotated[str, typer.Argument(help="a denoiser that ships: digits, digits-heavy or shapes")],
     samples: Annotated[int, typer.Option("--samples", min=200, help="how many images to draw")] = 3000,
     steps: Annotated[int, typer.Option("--steps", min=1, help="denoising steps")] = 20,
     verbose: VerboseOption = False,

@@ -15,10 +15,7 @@ from quantlab.zoo.description import Classifier, DenoiserModel, JudgeModel
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-DENOISERS: Mapping[str, DenoiserModel] = {model.name: model for model in digits.DENOISERS}
-"""With weights that ship."""
-CANDIDATES: Mapping[str, DenoiserModel] = {model.name: model for model in shapes.DENOISERS}
-"""To be trained; no weights ship yet."""
+DENOISERS: Mapping[str, DenoiserModel] = {model.name: model for model in (*digits.DENOISERS, *shapes.DENOISERS)}
 JUDGES: Mapping[str, JudgeModel] = {judge.name: judge for judge in (digits.JUDGE, shapes.JUDGE)}
 
 

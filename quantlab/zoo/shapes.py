@@ -119,5 +119,5 @@ DATA = Data(
     digest=digest_of_images,
 )
 JUDGE = JudgeModel("shapes-classifier", DATA, ShapeClassifier, ClassifierSettings(iterations=1200))
-SETTINGS = DenoiserSettings(iterations=12000, batch=32, learning_rate=1e-3, decay=3000, ema_decay=0.999)
+SETTINGS = DenoiserSettings(iterations=18000, batch=32, learning_rate=1e-3, decay=5000, ema_decay=0.999)
 DENOISERS = (DenoiserModel("shapes", JUDGE, build_unet, SETTINGS),)

@@ -16,7 +16,7 @@ from quantlab.store import atomic_write, atomic_write_text
 from quantlab.zoo.classifier import train_classifier
 from quantlab.zoo.denoiser import Training
 from quantlab.zoo.description import DenoiserModel, JudgeModel
-from quantlab.zoo.models import CANDIDATES, DENOISERS, JUDGES
+from quantlab.zoo.models import DENOISERS, JUDGES
 
 Log = Callable[[int, int, float], None]
 """Called with the iteration, the number of iterations and the loss, a running mean where it is a denoiser's."""
@@ -38,8 +38,7 @@ def train(name: str, folder: Path, log: Log = _quiet) -> Path:
         RecipeError: no zoo model has this name.
         ArtefactError: the folder holds the state of a stopped training that is damaged or had other settings.
     """
-    denoisers = {**DENOISERS, **CANDIDATES}
-    known = {**denoisers, **JUDGES}
+    known = {**DENOISERS, **JUDGES}
     if name not in known:
         raise RecipeError(f'there is no zoo model "{name}"', allowed=", ".join(known), next_step=nearest(name, known))
     folder.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
@@ -48,7 +47,7 @@ def train(name: str, folder: Path, log: Log = _quiet) -> Path:
     try:
         if name in JUDGES:
             return _train_judge(JUDGES[name], folder, log)
-        return _train_denoiser(denoisers[name], folder, log)
+        return _train_denoiser(DENOISERS[name], folder, log)
     finally:
         torch.set_num_threads(threads)
 

@@ -30,7 +30,7 @@ def run_of(task: BuiltinTask):
     return lambda inputs: task.network(**inputs, **task.static)[0]
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-heavy"])
+@pytest.mark.parametrize("name", ["digits", "shapes"])
 def test_guidance_is_one_doubled_call(name: str) -> None:
     guided, plain = load(name, steps=4, guidance=1.5), load(name, steps=4)
     inputs = guided.example_inputs(3)
@@ -44,7 +44,7 @@ def test_guidance_is_one_doubled_call(name: str) -> None:
     assert inputs["class_labels"].tolist() == [0, 1, 2], "the samples' own labels are not changed"
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-heavy"])
+@pytest.mark.parametrize("name", ["digits", "shapes"])
 def test_calibration_is_the_trajectory(name: str) -> None:
     task = load(name, steps=4)
     data = task.calibrate(run_of(task), 3, torch.Generator().manual_seed(0), lambda done, total: None)
@@ -106,6 +106,12 @@ def test_results_of_earlier_versions_stay_comparable(name: str, identity: str) -
     assert BuiltinSource(BuiltinConfig()).identity(Model(name=name)) == identity
     reference = load(name).reference()
     assert (reference.name, reference.digest) == ("digits: load_digits, 1797 images", "d0031ffed2225fd9")
+
+
+def test_the_reference_of_shapes_is_one_set_of_drawn_images() -> None:
+    first, second = load("shapes").reference(), load("shapes", steps=4).reference()
+    assert first.features.shape == (5000, 64) and torch.equal(first.features, second.features)
+    assert first.digest == second.digest and first.name == "shapes: 5000 images of seed 5000"
 
 
 def test_features_of_the_reference_are_computed_once(task: BuiltinTask) -> None:
