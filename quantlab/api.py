@@ -21,7 +21,7 @@ from quantlab.evaluation.quality import quality
 from quantlab.graph.bind import bind
 from quantlab.graph.serialize import from_json
 from quantlab.graph.sites import find_sites
-from quantlab.models.builtin import BuiltinConfig, BuiltinSource
+from quantlab.models.builtin import BuiltinConfig, BuiltinSource, BuiltinTask
 from quantlab.models.module import Batch, ModuleTask
 from quantlab.plugins import Registry, load_registry
 from quantlab.quant.accounting import Accounting, FloatModel
@@ -203,10 +203,16 @@ def sample(folder: Path, number: int, seed: int, output: Path, device: str, step
 
 
 def check_zoo(name: str, samples: int, steps: int) -> str:
-    """Measure a model that ships: FID to the data at its noise floor, class accuracy."""
+    """Measure a denoiser that ships: FID to the data at its noise floor, class accuracy.
+
+    Raises:
+        RecipeError: the model is no denoiser.
+    """
     task = BuiltinSource(BuiltinConfig()).load(
         Model(name=name), Sampling(steps=steps), torch.device("cpu"), torch.float32
     )
+    if not isinstance(task, BuiltinTask):
+        raise RecipeError("only a denoiser is measured by the images it draws", where="quantlab zoo check", got=name)
     with make_console().task("Draw images") as progress:
         found = quality(task, lambda inputs: task.network(**inputs, **task.static)[0], samples, 11, progress)
     return f"{name}: {found}"

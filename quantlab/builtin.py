@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def quantlab_models() -> list[type]:
-    """The models that ship, and modules in memory."""
+    """The models that ship, modules in memory, and timm's networks."""
     from quantlab.models.builtin import BuiltinSource
     from quantlab.models.module import MemorySource
+    from quantlab.models.timm import TimmSource
 
-    return [BuiltinSource, MemorySource]
+    return [BuiltinSource, MemorySource, TimmSource]
 
 
 @hookimpl

@@ -342,7 +342,10 @@ def sweep(
 @zoo_app.command("train")
 def zoo_train(
     name: Annotated[
-        str, typer.Argument(help="a denoiser, or the classifier that judges it: digits-classifier, shapes-classifier")
+        str,
+        typer.Argument(
+            help="a denoiser, the classifier that judges it (digits-classifier, shapes-classifier), or digits-vit"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", help="folder for the weights")] = Path("zoo"),
     verbose: VerboseOption = False,

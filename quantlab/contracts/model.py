@@ -108,6 +108,10 @@ class Task(ABC):
     def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Record what the float network sees and says: along its sampling trajectory for a denoiser."""
 
+    def calibration_digest(self) -> str | None:
+        """Hash of the data that ``calibrate`` draws from; None where they follow from weights, sampler and seed."""
+        return None
+
     def training_batch(self, size: int, rng: torch.Generator) -> TrainingBatch:
         """Draw ``size`` real samples with ``rng``, for methods that train on data.
 

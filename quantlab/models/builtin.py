@@ -20,15 +20,18 @@ from quantlab.contracts.model import (
     Progress,
     Reference,
     Run,
+    Task,
     TrainingBatch,
 )
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import RecipeError, nearest
+from quantlab.models.classifier import ClassifierTask, TensorImages
 from quantlab.sampling import SampleStep, Schedule
 from quantlab.store import digest_of, digest_of_file
 from quantlab.zoo.denoiser import Noised, add_noise, noise_schedule
 from quantlab.zoo.description import TRAIN_TIMESTEPS, DenoiserModel, Draw
-from quantlab.zoo.models import DENOISERS, load_denoiser, load_judge, weights_path
+from quantlab.zoo.models import DENOISERS, VISION, load_denoiser, load_judge, load_vision, weights_path
+from quantlab.zoo.vision import VisionModel
 
 
 class BuiltinConfig(Strict):
@@ -41,35 +44,48 @@ class BuiltinSource:
     name: ClassVar[str] = "builtin"
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
-    models: ClassVar[Collection[str]] = tuple(DENOISERS)
+    models: ClassVar[Collection[str]] = (*DENOISERS, *VISION)
     Config = BuiltinConfig
 
     def __init__(self, config: BuiltinConfig) -> None:
         self.config = config
 
-    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> BuiltinTask:
+    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> Task:
         """A task by the model's name, its network on ``device`` in ``dtype``.
 
         Raises:
             RecipeError: no model has this name.
             ModelError: its weights cannot be read.
         """
-        if model.name not in DENOISERS:
+        if model.name not in self.models:
             raise RecipeError(
                 "there is no such model",
                 where="model.name",
                 got=model.name,
-                allowed=", ".join(DENOISERS),
-                next_step=nearest(model.name, DENOISERS),
+                allowed=", ".join(self.models),
+                next_step=nearest(model.name, self.models),
             )
         weights = Path(model.weights) if model.weights else None
+        if model.name in VISION:
+            return vision_task(VISION[model.name], device, dtype, weights)
         return BuiltinTask(DENOISERS[model.name], sampling, device, dtype, weights)
 
     def identity(self, model: Model) -> str:
-        """Hash of the weights of the network and of its judge."""
+        """Hash of the weights of the network, and of its judge if it has one."""
         network = Path(model.weights) if model.weights else weights_path(model.name)
-        files = (network, weights_path(DENOISERS[model.name].judge.name))
+        judges = [weights_path(DENOISERS[model.name].judge.name)] if model.name in DENOISERS else []
+        files = (network, *judges)
         return digest_of([digest_of_file(file) if file.is_file() else "missing" for file in files])
+
+
+def vision_task(
+    model: VisionModel, device: torch.device, dtype: torch.dtype, weights: Path | None = None
+) -> ClassifierTask:
+    """A classifier of the zoo: calibrated on the images it was trained on, measured on those it has not seen."""
+    parts = [TensorImages(images, labels, model.num_classes) for images, labels in model.split()]
+    return ClassifierTask(
+        load_vision(model, weights), model.num_classes, model.image_shape, parts[1], parts[0], device, dtype
+    )
 
 
 class BuiltinTask(GenerativeTask):

@@ -101,20 +101,23 @@ def calibrate(
     context: RunContext, captured: Captured, sampling: Sampling, settings: Calibrate, seed: int
 ) -> Calibrated:
     """Record what the float network sees and says."""
-    key = {
+    key: dict[str, JSON] = {
         "version": CALIBRATE_VERSION,
         "capture": captured.stage.digest,
         "sampling": as_json(sampling),
         "trajectories": settings.trajectories,
         "seed": seed,
     }
+    data = captured.task.calibration_digest()
+    if data is not None:
+        key["data"] = data
 
     def compute(folder: Path, progress: Progress) -> None:
         run = tapped_run(captured.task.network, captured.graph, ())
         rng = torch.Generator().manual_seed(seed)
-        data = captured.task.calibrate(lambda inputs: run(inputs)[0], settings.trajectories, rng, progress)
-        tensors = {f"inputs/{name}": value.contiguous() for name, value in data.inputs.items()}
-        save_file(tensors | {"outputs": data.outputs.contiguous()}, folder / "calibration.safetensors")
+        found = captured.task.calibrate(lambda inputs: run(inputs)[0], settings.trajectories, rng, progress)
+        tensors = {f"inputs/{name}": value.contiguous() for name, value in found.inputs.items()}
+        save_file(tensors | {"outputs": found.outputs.contiguous()}, folder / "calibration.safetensors")
 
     stage = context.stage("calibrate", "Record calibration data", key, compute, link="calibrate")
     device = next(captured.task.network.parameters()).device
