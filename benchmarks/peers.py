@@ -1,4 +1,4 @@
-"""Other packages' weight quantizers, 4 bits a channel; each is an extra of the benchmarks alone."""
+"""Other packages' weight quantizers, one width a channel; each is an extra of the benchmarks alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Build = Callable[[Tensor], Arm]
 
 
 def weight_quantizers(weight: Tensor, upstream: Tensor) -> dict[str, Arm]:
-    """An arm for each peer: fake quantization of ``weight`` [out, in] at 4 bits, forward and backward."""
+    """An arm for each peer: fake quantization of ``weight`` [out, in] at 4 bits (quanto: 8), forward and backward."""
     peers: dict[str, Callable[[Tensor], Callable[[], Tensor]]] = {
         "torchao": _torchao,
         "torchao, compiled": _torchao_compiled,
         "torch learnable": _torch_learnable,
         "modelopt": _modelopt,
         "brevitas": _brevitas,
-        "quanto qint4": _quanto,
+        "quanto qint8": _quanto,
     }
     return {name: _arm(build, weight, upstream) for name, build in peers.items()}
 
@@ -75,11 +75,11 @@ def _brevitas(weight: Tensor) -> Callable[[], Tensor]:
 
 
 def _quanto(weight: Tensor) -> Callable[[], Tensor]:
-    from optimum.quanto import QLinear, qint4
+    from optimum.quanto import QLinear, qint8
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.detach())
-    quantized = QLinear.from_module(layer, weights=qint4)
+    quantized = QLinear.from_module(layer, weights=qint8)  # 4 bits would compile an extension first
     return lambda: quantized.qweight.dequantize()
 
 

@@ -42,4 +42,4 @@ def _case(weight: Tensor, bits: int) -> Case:
         facts[name] = f"same scale and zero point on {100 * same.double().mean():.4g} % of channels"
     goal = {"quantlab, compiled": "at least 20"}
     work = f"MSE search, [{weight.shape[0]}, {weight.shape[1]}], {bits} bits"
-    return Case("Scale search", work, "loop over channels", arms, facts, goal)
+    return Case("Scale search", work, "loop over channels", arms, facts, goal, slow=("loop over channels",))
