@@ -25,6 +25,11 @@ class AffineConfig(Strict):
     percentile: float = Field(
         PERCENTILE, gt=50, le=100, description="upper end of the range of the observer `percentile`, in %"
     )
+    compiled: bool = Field(
+        False,
+        description="let torch compile the arithmetic: faster after some seconds at the start; the gradients of scales "
+        "and zero points round otherwise",
+    )
 
 
 class AffineQuantizer(Quantizer):
@@ -75,7 +80,9 @@ class AffineQuantizer(Quantizer):
         values = torch.cat([x for x, _ in self._seen])
         if isinstance(self.spec.granularity, PerChannel):
             rows = values.transpose(0, self.spec.granularity.axis).flatten(1)
-            scale, zero_point = search_scale(rows, self.bits, self.spec.observer, percentile=self.config.percentile)
+            scale, zero_point = search_scale(
+                rows, self.bits, self.spec.observer, percentile=self.config.percentile, compiled=self.config.compiled
+            )
         elif self.spec.per_timestep:
             timestep = torch.cat([t for _, t in self._seen if t is not None])
             scale, zero_point = self._search_each_timestep(values, timestep)
@@ -92,6 +99,7 @@ class AffineQuantizer(Quantizer):
             self.spec.observer,
             self.config.search_elements,
             percentile=self.config.percentile,
+            compiled=self.config.compiled,
         )
 
     def _search_each_timestep(self, values: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +128,14 @@ class AffineQuantizer(Quantizer):
             axis = self.spec.granularity.axis
             scale, zero_point = per_channel(scale, x.dim(), axis), per_channel(zero_point, x.dim(), axis)
             quant_max = per_channel(quant_max, x.dim(), axis)
-        return fake_quantize(x, scale, zero_point, quant_max, round_zero_point=self.spec.round_zero_point)
+        return fake_quantize(
+            x,
+            scale,
+            zero_point,
+            quant_max,
+            round_zero_point=self.spec.round_zero_point,
+            compiled=self.config.compiled,
+        )
 
     def round_parameters(self) -> None:
         """Put the zero points at their rounded values, when forward rounds them anyway."""

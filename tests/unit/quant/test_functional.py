@@ -44,15 +44,6 @@ def test_mse_search_of_all_channels_is_the_search_of_each() -> None:
         assert zero_point[index].item() == expected[1]
 
 
-def test_search_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = rows(1, count=40)
-    bits = torch.arange(40) % 4 + 1
-    whole = search_scale(x, bits, Observer.MSE)
-    monkeypatch.setattr("quantlab.quant.functional._CHUNK_ELEMENTS", 64)
-    parts = search_scale(x, bits, Observer.MSE)
-    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
-
-
 @pytest.mark.parametrize("observer", list(Observer))
 @pytest.mark.parametrize("value", [0.0, 1.5, -2.25, 1e-30, -1e30])
 def test_constant_rows_are_finite(observer: Observer, value: float) -> None:
@@ -218,3 +209,14 @@ def test_half_precision_is_computed_in_the_precision_of_the_scale(dtype: torch.d
     exact = fake_quantize(x.float(), torch.tensor(0.0371), torch.tensor(7.0), 15).to(dtype)
     assert torch.equal(found[0][0], exact)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_codes_on_the_borders_keep_their_gradient() -> None:
+    # Codes -1, 0 (rounded up from outside), 3 (rounded down from outside) and 4 at two bits.
+    x = torch.tensor([[-1.0, -0.4, 3.4, 4.0]], requires_grad=True)
+    scale, zero_point = torch.ones(1, 1, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
+    fake_quantize(x, scale, zero_point, 3).sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
+    # q - z outside; q - z - x / s inside.
+    assert scale.grad.item() == pytest.approx(0 + 0.4 - 0.4 + 3)
+    assert zero_point.grad.item() == -2.0
