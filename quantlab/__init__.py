@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task, TrainingBatch
+    from quantlab.contracts.model import (
+        CalibrationBatch,
+        CalibrationSet,
+        ClassificationTask,
+        Evidence,
+        GenerativeTask,
+        LabelledBatch,
+        Task,
+        TrainingBatch,
+    )
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
@@ -49,6 +58,7 @@ if TYPE_CHECKING:
         QuantlabError,
         RecipeError,
     )
+    from quantlab.evaluation.answers import Answers, ClassMetric
     from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
@@ -78,7 +88,8 @@ _NAMES = {
     "contracts.correction": "Correction CorrectionData CorrectionStep",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
-    "contracts.model": "CalibrationBatch CalibrationSet Task TrainingBatch",
+    "contracts.model": "CalibrationBatch CalibrationSet ClassificationTask Evidence GenerativeTask LabelledBatch Task "
+    "TrainingBatch",
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
@@ -90,6 +101,7 @@ _NAMES = {
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
+    "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
@@ -120,6 +132,7 @@ __all__ = [
     "AdapterSpec",
     "AdapterStart",
     "AllocationProblem",
+    "Answers",
     "ArtefactError",
     "BitMap",
     "BitPolicy",
@@ -131,12 +144,17 @@ __all__ = [
     "CalibrationSet",
     "CaptureError",
     "Checkpoint",
+    "ClassMetric",
+    "ClassificationTask",
     "ConvAdapter",
     "Correction",
     "CorrectionData",
     "CorrectionStep",
+    "Evidence",
+    "GenerativeTask",
     "Grouping",
     "ImageMetric",
+    "LabelledBatch",
     "LoadedRecipe",
     "LoadedRun",
     "Loss",

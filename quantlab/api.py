@@ -14,7 +14,7 @@ from quantlab.allocation.cost import student_cost
 from quantlab.allocation.student import Student, build_student, restore
 from quantlab.contracts.allocation import BitMap
 from quantlab.contracts.correction import FittedCorrection
-from quantlab.contracts.model import GenerativeTask
+from quantlab.contracts.model import GenerativeTask, Task
 from quantlab.contracts.sections import Evaluate, Model, Sampling
 from quantlab.errors import ArtefactError, RecipeError
 from quantlab.evaluation.quality import quality
@@ -142,7 +142,7 @@ def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: in
 class LoadedRun:
     """The quantized model of a run folder, with the corrections of its sampler."""
 
-    task: GenerativeTask
+    task: Task
     student: Student
     recipe: Recipe
     method: str
@@ -191,6 +191,8 @@ def load_quantized(
 def sample(folder: Path, number: int, seed: int, output: Path, device: str, steps: int | None = None) -> str:
     """Draw images from the quantized model of a run into a PNG; returns a line about it."""
     loaded = load_quantized(folder, device=device, steps=steps)
+    if not isinstance(loaded.task, GenerativeTask):
+        raise ArtefactError("this run's model draws no images", where=str(folder), got=loaded.recipe.model.name)
     settings = Evaluate(samples=max(2, number), batch=250)
     with make_console().task("Draw images") as progress, torch.no_grad():
         images = draw(loaded.task, loaded.student.run, settings, seed, progress, loaded.corrections)[:number]

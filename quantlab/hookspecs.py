@@ -153,8 +153,10 @@ def quantlab_corrections() -> Iterable[type[Correction]]:  # type: ignore[empty-
 def quantlab_metrics() -> Iterable[type]:  # type: ignore[empty-body]
     """Metrics: how results are measured; the recipe's ``evaluate.metrics``.
 
-    Each is an ``ImageMetric``. The engine builds it with its Config, calls ``require(task)`` before anything is
-    computed and ``compute(samples)`` for each method; it returns one or more named values, none of them NaN.
+    Each is an ``ImageMetric``, which looks at images, or a ``ClassMetric``, which looks at a classifier's answers. The
+    engine builds it with its Config, looks whether the model has what the class ``needs``, calls ``require(task)``
+    before anything is computed and ``compute(samples)`` for each method; it returns one or more named values, none of
+    them NaN.
     """
 
 

@@ -10,7 +10,7 @@ import torch
 
 from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import Plan, mean_weight_bits
-from quantlab.contracts.model import GenerativeTask
+from quantlab.contracts.model import Outcome, Task
 from quantlab.contracts.site import Site
 from quantlab.errors import RecipeError
 from quantlab.evaluation.features import feature_identity
@@ -22,8 +22,11 @@ from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
 from quantlab.report.tables import markdown
-from quantlab.stages import correct, describe, evaluate, inspect, measure, prepare, quantize
+from quantlab.stages import classify, correct, describe, evaluate, inspect, prepare, quantize
 from quantlab.stages.context import RunContext
+from quantlab.stages.denoiser import require_denoiser
+from quantlab.stages.kinds import evaluation_of
+from quantlab.stages.outcome import Measured, Protocol, outcome_of, require_outcome
 from quantlab.store import JSON, Store, create_run, digest_of
 
 
@@ -67,9 +70,12 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     """Run the recipe's method and its baselines, and measure them beside full precision."""
     recipe, console = loaded.recipe, options.console
     task = load_task(loaded, options.device, options.dtype)
-    measure.require(loaded.registry, task, recipe.evaluate)
+    kind = evaluation_of(task)
+    require_outcome(loaded.registry, recipe.evaluate, kind.outcome)
+    require_denoiser(task, [for_method(loaded, method) for method in methods_of(recipe)], loaded.registry)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
+    kind.require(loaded.registry, task, recipe.evaluate)
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
     context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
     describe.begin(context, loaded, options.device, options.dtype)
@@ -83,12 +89,11 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     console.info(coverage)
     check_budgets(loaded, captured.sites, float_model)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
-    reference = evaluate.reference(context, task, captured, recipe.sampling, recipe.evaluate)
-    protocol = evaluate.protocol(context, task, recipe.sampling, recipe.evaluate, plan)
+    evaluation = kind(context, task, captured, recipe.sampling, recipe.evaluate)
+    protocol = evaluation.protocol(plan)
 
-    measured = evaluate.evaluate(context, task, reference, None, recipe.evaluate, "float")
-    other = evaluate.other_noise(context, task, reference, recipe.evaluate)
-    rows = [float_row(recipe, measured, float_model, protocol, other)]
+    measured = evaluation.measure(None, "float")
+    rows = [float_row(recipe, measured, float_model, protocol, evaluation.other_noise())]
     images = [(FULL_PRECISION, measured.images)]
     for method in methods_of(recipe):
         arm = for_method(loaded, method)
@@ -98,7 +103,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         final = quantize.finalize(context, tuned, method)
         inspect.inspect_sites(context, captured, calibrated, final, method)
         final = correct.correct(context, captured, calibrated, final, arm, method)
-        measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
+        measured = evaluation.measure(final, method)
         seconds = sum(stage.seconds for stage in final.stages)
         rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
         images.append((method, measured.images))
@@ -128,6 +133,8 @@ def cell_digest(loaded: LoadedRecipe) -> str:
     versions = [prepare.CAPTURE_VERSION, prepare.CALIBRATE_VERSION, quantize.ASSIGN_VERSION, quantize.TUNE_VERSION]
     versions += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION, ACCOUNTING_VERSION]
     versions += [correct.CORRECT_VERSION] if any(arm.corrections for arm in arms) else []
+    classes = any(outcome_of(registry, choice.name) is Outcome.CLASSES for choice in recipe.evaluate.metrics)
+    versions += [classify.CLASSIFY_VERSION] if classes else []
     return digest_of(
         {
             "arms": [essence(arm, registry) for arm in arms],
@@ -146,7 +153,7 @@ def plugin_versions(recipe: Recipe, registry: Registry) -> dict[str, JSON]:
     return {f"{kind}/{name}": registry.find(kind, name).value.version for kind, name in names}
 
 
-def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:
+def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> Task:
     """The recipe's model as a task; raises RecipeError for a device, dtype or model that is not there."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
@@ -166,7 +173,7 @@ def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:
     return source.load(loaded.recipe.model, loaded.recipe.sampling, place, kinds[dtype])
 
 
-def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> str:
+def dry_run(loaded: LoadedRecipe, task: Task, options: RunOptions) -> str:
     """Sites, bits, size and bit operations, with nothing measured and nothing kept."""
     recipe = loaded.recipe
     with options.console.task("Capture the graph"):
@@ -202,9 +209,9 @@ def quiet() -> Console:
 
 def float_row(
     recipe: Recipe,
-    measured: evaluate.Measured,
+    measured: Measured,
     float_model: FloatModel,
-    protocol: evaluate.Protocol,
+    protocol: Protocol,
     other_noise: Mapping[str, float | None],
 ) -> Row:
     """The full-precision row."""
@@ -234,10 +241,10 @@ def quantized_row(
     arm: Recipe,
     plan: Plan,
     final: quantize.Quantized,
-    measured: evaluate.Measured,
+    measured: Measured,
     float_model: FloatModel,
     seconds: float,
-    protocol: evaluate.Protocol,
+    protocol: Protocol,
 ) -> Row:
     """The row of a method."""
     cost = student_cost(final.student, final.bit_map, float_model, final.corrections)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ModelError
@@ -121,29 +122,47 @@ class Task(ABC):
         )
 
 
+class Outcome(StrEnum):
+    """What a task gives and a metric looks at."""
+
+    IMAGES = "images"
+    CLASSES = "classes"
+
+
+class Evidence(StrEnum):
+    """What a generative task may have beside its denoiser, and what a metric of images may need."""
+
+    FEATURES = "features of images"
+    SPATIAL = "spatial features of images"
+    LOGITS = "class logits of images"
+    REFERENCE = "real images to compare with"
+
+
 @dataclass(frozen=True)
 class Reference:
     """What generated images are compared with.
 
     Attributes:
-        features: of the real images [M, F].
+        features: of the real images [M, F]; None without a network that judges.
         name: of the set.
         digest: hash of the real images and of the weights of the network that judges.
     """
 
-    features: Tensor
+    features: Tensor | None
     name: str
     digest: str
 
 
 class GenerativeTask(Task):
-    """A denoiser that draws images, and a network that judges them.
+    """A denoiser that draws images; where ``offers`` says so, with a network that judges them and real images.
 
     Attributes:
         device: where the networks are.
+        offers: features, spatial features and logits are what the judge gives; nothing for a task without one.
     """
 
     device: torch.device
+    offers: Collection[Evidence] = frozenset()
 
     @abstractmethod
     def draw_noise(self, count: int, seed: int) -> Tensor:
@@ -151,7 +170,7 @@ class GenerativeTask(Task):
 
     @abstractmethod
     def labels(self, count: int) -> Tensor:
-        """The class of each image of an evaluation, int64 [count]."""
+        """The condition of each image of an evaluation, int64 [count]: its class, or the index of its prompt."""
 
     @abstractmethod
     def sample(
@@ -167,17 +186,21 @@ class GenerativeTask(Task):
         ``seeds`` [B] are of the noise that eta > 0 adds, ``corrections`` of the sampler for a quantized network.
         """
 
-    @abstractmethod
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, F] and class logits [B, K] of images."""
+        raise ModelError("the task has no network that judges images", where=type(self).__name__)
 
-    @abstractmethod
     def reference(self) -> Reference:
         """The features of the real images."""
+        raise ModelError("the task has no images to compare with", where=type(self).__name__)
 
     def reference_images(self) -> Tensor:
         """The real images [M, C, H, W] in [-1, 1]; needed by spatial features and by another feature network."""
         raise ModelError("the task has no images to compare with", where=type(self).__name__)
+
+    def judged_by(self) -> str | None:
+        """Hash of the real images and of the weights of the network that judges; None for a task with neither."""
+        return self.reference().digest if Evidence.REFERENCE in self.offers else None
 
     def judge_spatial(self, images: Tensor) -> Tensor:
         """A feature map of the judging network, flattened [B, S]: where things are, not only what they are."""
@@ -190,3 +213,42 @@ class GenerativeTask(Task):
     def prompts(self, count: int) -> Sequence[str] | None:
         """The text of each image of an evaluation; None for a task without prompts."""
         return None
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Inputs whose class is known.
+
+    Attributes:
+        inputs: keyword tensors [B, ...] of one call of the network.
+        labels: int64 [B].
+    """
+
+    inputs: Inputs
+    labels: Tensor
+
+
+class ClassificationTask(Task):
+    """A network that gives class logits, and labelled data that it was not trained on.
+
+    Attributes:
+        num_classes: K.
+    """
+
+    num_classes: int
+
+    @abstractmethod
+    def num_labelled(self) -> int:
+        """How many labelled inputs there are; 0 for a model without data."""
+
+    @abstractmethod
+    def labelled(self, count: int, seed: int, batch: int) -> Iterator[LabelledBatch]:
+        """``count`` different labelled inputs, drawn with the seed, in batches of at most ``batch``; always the same.
+
+        Raises:
+            ModelError: the data cannot be read.
+        """
+
+    @abstractmethod
+    def data_digest(self) -> str:
+        """Hash of the labelled data and of how they are prepared."""

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
 from quantlab.contracts.correction import FittedCorrection
-from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run, TrainingBatch
+from quantlab.contracts.model import (
+    CalibrationSet,
+    Evidence,
+    GenerativeTask,
+    Inputs,
+    Progress,
+    Reference,
+    Run,
+    TrainingBatch,
+)
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import RecipeError, nearest
 from quantlab.sampling import SampleStep, Schedule
@@ -77,6 +86,8 @@ class BuiltinTask(GenerativeTask):
         ModelError: weights cannot be read, or are those of another model.
     """
 
+    offers: Collection[Evidence] = frozenset(Evidence)
+
     def __init__(
         self,
         model: DenoiserModel,
@@ -86,7 +97,7 @@ class BuiltinTask(GenerativeTask):
         weights: Path | None = None,
     ) -> None:
         self.name, self.device, self.dtype = model.name, device, dtype
-        self.data, self.judged_by, self.drop_label = model.data, model.judge, model.settings.drop_label
+        self.data, self.judge_model, self.drop_label = model.data, model.judge, model.settings.drop_label
         self.network = load_denoiser(model, weights)
         # Not diffusers' own ``to``, which warns about an empty list of modules.
         nn.Module.to(self.network, device=device, dtype=dtype)
@@ -210,5 +221,5 @@ class BuiltinTask(GenerativeTask):
 
     @cached_property
     def _reference(self) -> Reference:
-        digest = digest_of([digest_of_file(weights_path(self.judged_by.name)), self.data.digest(self._real)])
+        digest = digest_of([digest_of_file(weights_path(self.judge_model.name)), self.data.digest(self._real)])
         return Reference(self.judge(self._real.to(self.device))[0], self.data.real_name, digest)

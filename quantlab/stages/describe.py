@@ -111,13 +111,18 @@ def begin(context: RunContext, loaded: LoadedRecipe, device: str, dtype: str) ->
 
 
 def finish(
-    context: RunContext, loaded: LoadedRecipe, rows: Sequence[Row], images: Sequence[tuple[str, Tensor]], coverage: str
+    context: RunContext,
+    loaded: LoadedRecipe,
+    rows: Sequence[Row],
+    images: Sequence[tuple[str, Tensor | None]],
+    coverage: str,
 ) -> None:
-    """Write the sample grid, the page and, last, the metrics: a run with metrics is complete."""
+    """Write a grid of what is drawn, the page and, last, the metrics: a run with metrics is complete."""
     folder = context.folder.path
     count = loaded.recipe.evaluate.grid
-    if count and images:
-        save_grid([GridRow(title, pixels(each[:count])) for title, each in images], folder / "samples.png")
+    drawn = [GridRow(title, pixels(each[:count])) for title, each in images if each is not None]
+    if count and drawn:
+        save_grid(drawn, folder / "samples.png")
     report = RunReport(
         title=f"{loaded.recipe.name}: {loaded.recipe.method}",
         rows=rows,
