@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def quantlab_models() -> list[type]:
-    """The models that ship, and modules in memory."""
+    """The models that ship, pipelines of diffusers, and modules in memory."""
     from quantlab.models.builtin import BuiltinSource
+    from quantlab.models.diffusers_source import DiffusersSource
     from quantlab.models.module import MemorySource
 
-    return [BuiltinSource, MemorySource]
+    return [BuiltinSource, DiffusersSource, MemorySource]
 
 
 @hookimpl

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,3 +110,72 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build().eval()
+
+
+def clip_tokenizer(folder: Path) -> Any:
+    """A tokenizer of CLIP's kind over single letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def clip_text(hidden: int, projection: int = 0) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=54, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=77, bos_token_id=52, eos_token_id=53, projection_dim=projection or hidden,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def vae(latent_channels: int = 4) -> nn.Module:
+    """A first stage with 2 pixels to a latent."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def save_stable_diffusion(folder: Path, scheduler: str = "DDIMScheduler") -> Path:
+    """A Stable Diffusion pipeline, saved; returns its folder."""
+    import diffusers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = diffusers.StableDiffusionPipeline(
+            unet=stable_diffusion(), vae=vae(), text_encoder=clip_text(32), tokenizer=clip_tokenizer(folder / "words"),
+            scheduler=getattr(diffusers, scheduler)(**SCHEDULE), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_dit(folder: Path) -> Path:
+    """A DiT pipeline, saved; returns its folder."""
+    import diffusers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = {"transformer": dit(), "vae": vae(), "scheduler": diffusers.DDIMScheduler()}
+        diffusers.DiTPipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+"""The noise levels of Stable Diffusion."""

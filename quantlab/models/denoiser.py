@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.contracts.correction import FittedCorrection
-from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run
+from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Run
 from quantlab.contracts.sections import Sampling
-from quantlab.errors import ModelError, RecipeError
+from quantlab.errors import RecipeError
 from quantlab.models.conditions import Conditions
 from quantlab.sampling import Sampler, SampleStep
 
@@ -124,7 +124,7 @@ class DenoiserTask(GenerativeTask):
         return self.denoiser.sampler()
 
     @cached_property
-    def conditions_digest(self) -> str:
+    def conditions_digest(self) -> str:  # type: ignore[override]
         """Hash of the conditions and of what decodes."""
         return self.denoiser.digest()
 
@@ -235,11 +235,3 @@ class DenoiserTask(GenerativeTask):
         """The text of each image."""
         texts = self.denoiser.texts
         return None if texts is None else [texts[index % len(texts)] for index in range(count)]
-
-    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Nobody judges what it draws."""
-        raise ModelError("the task has no network that judges images", where=type(self).__name__)
-
-    def reference(self) -> Reference:
-        """There are no real images."""
-        raise ModelError("the task has no images to compare with", where=type(self).__name__)

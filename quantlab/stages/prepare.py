@@ -18,6 +18,7 @@ from quantlab.contracts.model import CalibrationSet, Progress, Task
 from quantlab.contracts.sections import Calibrate, Sampling
 from quantlab.contracts.site import Site
 from quantlab.graph.captured import CapturedGraph
+from quantlab.graph.inputs import nested
 from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
 from quantlab.graph.verify import capture_verified
@@ -42,8 +43,8 @@ class Captured:
 
 
 def fingerprint(task: Task) -> str:
-    """Hash of the network's float weights."""
-    digest = hashlib.sha256()
+    """Hash of the network's float weights, and of what the task's outcome depends on beside them."""
+    digest = hashlib.sha256(task.conditions_digest.encode())
     for name, value in sorted(task.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -78,7 +79,7 @@ def capture(context: RunContext, task: Task) -> Captured:
 
 def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
     """The verified graph of a task's network, and its sites."""
-    graph = capture_verified(task.network, task.example_inputs, task.static)
+    graph = capture_verified(task.network, lambda batch: nested(task.example_inputs(batch)), task.static)
     return graph, find_sites(task.network, graph)
 
 
