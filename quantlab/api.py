@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from quantlab.allocation.cost import student_cost
@@ -174,6 +175,9 @@ def load_quantized(
     if not final.is_dir():
         raise ArtefactError("the run has no such method, or did not finish", where=str(folder), got=method)
     task = load_task(loaded, device, str(read_json(folder / "environment.json").get("dtype", "float32")))
+    encoded = folder / "encode" / prepare.CONDITIONS
+    if isinstance(task, GenerativeTask) and encoded.is_file():
+        task.use_encoded(load_file(encoded))
     graph = from_json((folder / "capture" / "graph.json").read_text())
     sites = find_sites(task.network, graph)
     plan = prepare.plan(sites, recipe, loaded.origin)

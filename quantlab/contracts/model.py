@@ -217,6 +217,13 @@ class GenerativeTask(Task):
         """The text of each image of an evaluation; None for a task without prompts."""
         return None
 
+    def encode(self) -> Mapping[str, Tensor]:
+        """What prompts are encoded into, for a run to keep; empty for a task that encodes nothing."""
+        return {}
+
+    def use_encoded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what ``encode`` gave in an earlier process, so that nothing is encoded again."""
+
 
 @dataclass(frozen=True)
 class LabelledBatch:

@@ -38,6 +38,20 @@ class Conditions:
         """Keyword tensors [count, ...] of samples without a condition."""
         return _spread({**self.unconditional, **self.fixed}, count)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything under flat names, for a file."""
+        parts = {"rows": self.rows, "unconditional": self.unconditional, "fixed": self.fixed}
+        return {f"{part}/{name}": value.contiguous() for part, given in parts.items() for name, value in given.items()}
+
+    @classmethod
+    def of(cls, tensors: Inputs) -> Conditions:
+        """The inverse of ``tensors``."""
+        parts: dict[str, dict[str, Tensor]] = {"rows": {}, "unconditional": {}, "fixed": {}}
+        for path, value in tensors.items():
+            part, _, name = path.partition("/")
+            parts[part][name] = value
+        return cls(**parts)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Conditions:
         """The same on a device, floating tensors in ``dtype``."""
 

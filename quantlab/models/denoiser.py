@@ -229,9 +229,17 @@ class DenoiserTask(GenerativeTask):
             samples = self.sampler.sample(
                 lambda inputs: self.predict(run, inputs), noise, {LABEL: labels}, rng, corrections=corrections
             )
-            return self.denoiser.decode(samples).float()
+            return self.denoiser.decode(samples).float().contiguous()
 
     def prompts(self, count: int) -> Sequence[str] | None:
         """The text of each image."""
         texts = self.denoiser.texts
         return None if texts is None else [texts[index % len(texts)] for index in range(count)]
+
+    def encode(self) -> Mapping[str, Tensor]:
+        """The conditions of a model of text, as its encoders give them."""
+        return {} if self.denoiser.texts is None else self.denoiser.conditions().tensors()
+
+    def use_encoded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take encoded conditions from a file."""
+        self.conditions = Conditions.of(tensors).to(self.device, self.dtype)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from quantlab.allocation.plan import Plan, SitePlan, make_plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.allocation import FLOAT_BITS
-from quantlab.contracts.model import CalibrationSet, Progress, Task
+from quantlab.contracts.model import CalibrationSet, GenerativeTask, Progress, Task
 from quantlab.contracts.sections import Calibrate, Sampling
 from quantlab.contracts.site import Site
 from quantlab.graph.captured import CapturedGraph
@@ -29,6 +29,8 @@ from quantlab.store import JSON, StageFolder, digest_of
 
 CAPTURE_VERSION = 1
 CALIBRATE_VERSION = 1
+ENCODE_VERSION = 1
+CONDITIONS = "conditions.safetensors"
 _SITES = TypeAdapter(tuple[Site, ...])
 
 
@@ -88,6 +90,19 @@ def plan(sites: Sequence[Site], recipe: Recipe, origin: Mapping[str, str]) -> Pl
     rules = match_sites(recipe.keep, [site.name for site in sites], origin=origin)
     bits = {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
     return make_plan(sites, bits, recipe.budget, split_skip=recipe.split_skip, attention=recipe.attention)
+
+
+def encode(context: RunContext, task: Task) -> None:
+    """Encode the prompts of a task once; whoever reads the run later needs no text encoder."""
+    if not isinstance(task, GenerativeTask) or task.prompts(1) is None:
+        return
+    key: dict[str, JSON] = {"version": ENCODE_VERSION, "conditions": task.conditions_digest}
+
+    def compute(folder: Path, progress: Progress) -> None:
+        save_file(dict(task.encode()), folder / CONDITIONS)
+
+    stage = context.stage("encode", "Encode the prompts", key, compute, link="encode")
+    task.use_encoded(load_file(stage.file(CONDITIONS)))
 
 
 @dataclass(frozen=True)
