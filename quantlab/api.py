@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -148,6 +149,14 @@ class LoadedRun:
     recipe: Recipe
     method: str
     corrections: tuple[FittedCorrection, ...] = ()
+
+    def bound(self) -> nn.Module:
+        """The quantized network with its graph for a forward, for the pipeline that held the float one.
+
+        ``pipeline.unet = run.bound()`` leaves the pipeline otherwise as it is. Corrections of the sampler are not in
+        it. Bind before offloading is switched on. A second call gives a second network.
+        """
+        return bind(copy.deepcopy(self.student.network), self.student.graph, self.task.timestep_input)
 
 
 def load_quantized(
