@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from inspect import signature
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ PIPELINES: Mapping[str, tuple[str, str]] = {
     "stable-diffusion": ("StableDiffusionPipeline", "unet"),
     "sdxl": ("StableDiffusionXLPipeline", "unet"),
     "dit": ("DiTPipeline", "transformer"),
-    "pixart-alpha": ("PixArtAlphaPipeline", "transformer"),
     "pixart-sigma": ("PixArtSigmaPipeline", "transformer"),
     "sd3": ("StableDiffusion3Pipeline", "transformer"),
     "flux": ("FluxPipeline", "transformer"),
@@ -72,10 +72,10 @@ def images(name: str, model: nn.Module) -> Tensor:
     cls, component = PIPELINES[name]
     pipeline_class = getattr(diffusers, cls)
     flows = name in ("sd3", "flux")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if flows else diffusers.EulerDiscreteScheduler.from_config(SCHEDULE)
+    scheduler = (
+        diffusers.FlowMatchEulerDiscreteScheduler() if flows else diffusers.EulerDiscreteScheduler.from_config(SCHEDULE)
+    )
     scheduler = diffusers.DDIMScheduler() if name in ("ddpm", "dit") else scheduler
-    from inspect import signature
-
     wanted = list(signature(pipeline_class.__init__).parameters)[1:]
     keywords = {n: None for n in wanted if n.startswith(("text", "token", "safety", "feature", "image_enc", "vae"))}
     with torch.random.fork_rng():
