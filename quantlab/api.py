@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from quantlab.allocation.cost import student_cost
@@ -148,6 +150,14 @@ class LoadedRun:
     method: str
     corrections: tuple[FittedCorrection, ...] = ()
 
+    def bound(self) -> nn.Module:
+        """The quantized network with its graph for a forward, for the pipeline that held the float one.
+
+        ``pipeline.unet = run.bound()`` leaves the pipeline otherwise as it is. Corrections of the sampler are not in
+        it. Bind before offloading is switched on. A second call gives a second network.
+        """
+        return bind(copy.deepcopy(self.student.network), self.student.graph, self.task.timestep_input)
+
 
 def load_quantized(
     folder: str | Path, method: str | None = None, device: str = "cpu", steps: int | None = None
@@ -174,6 +184,9 @@ def load_quantized(
     if not final.is_dir():
         raise ArtefactError("the run has no such method, or did not finish", where=str(folder), got=method)
     task = load_task(loaded, device, str(read_json(folder / "environment.json").get("dtype", "float32")))
+    encoded = folder / "encode" / prepare.CONDITIONS
+    if isinstance(task, GenerativeTask) and encoded.is_file():
+        task.use_encoded(load_file(encoded))
     graph = from_json((folder / "capture" / "graph.json").read_text())
     sites = find_sites(task.network, graph)
     plan = prepare.plan(sites, recipe, loaded.origin)

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 @hookimpl
 def quantlab_models() -> list[type]:
-    """The models that ship, modules in memory, and timm's networks."""
+    """The models that ship, checkpoints and pipelines, timm's networks, and modules in memory."""
     from quantlab.models.builtin import BuiltinSource
+    from quantlab.models.diffusers_source import DiffusersSource
     from quantlab.models.module import MemorySource
     from quantlab.models.timm import TimmSource
 
-    return [BuiltinSource, MemorySource, TimmSource]
+    return [BuiltinSource, DiffusersSource, MemorySource, TimmSource]
 
 
 @hookimpl

@@ -88,6 +88,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     coverage = describe.coverage_text(plan, cost)
     console.info(coverage)
     check_budgets(loaded, captured.sites, float_model)
+    prepare.encode(context, task)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     evaluation = kind(context, task, captured, recipe.sampling, recipe.evaluate)
     protocol = evaluation.protocol(plan)

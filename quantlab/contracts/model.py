@@ -86,11 +86,14 @@ class Task(ABC):
         network: the module to quantize.
         timestep_input: the keyword that carries the timestep, or None.
         static: non-tensor keywords that every call of forward gets.
+        conditions_digest: hash of what its outcome depends on beside the network and the recipe, such as prompts and
+            what decodes samples; "" when there is nothing of the kind.
     """
 
     network: nn.Module
     timestep_input: str | None
     static: Mapping[str, object]
+    conditions_digest: str = ""
 
     @abstractmethod
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
@@ -217,6 +220,13 @@ class GenerativeTask(Task):
     def prompts(self, count: int) -> Sequence[str] | None:
         """The text of each image of an evaluation; None for a task without prompts."""
         return None
+
+    def encode(self) -> Mapping[str, Tensor]:
+        """What prompts are encoded into, for a run to keep; empty for a task that encodes nothing."""
+        return {}
+
+    def use_encoded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what ``encode`` gave in an earlier process, so that nothing is encoded again."""
 
 
 @dataclass(frozen=True)

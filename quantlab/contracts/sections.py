@@ -103,7 +103,9 @@ class Budget(Strict):
 class Sampling(Strict):
     """How images are drawn, for calibration, tuning and evaluation alike."""
 
-    scheduler: Literal["ddim"] = "ddim"
+    scheduler: Literal["ddim", "flow-euler"] = Field(
+        default="ddim", description="flow-euler is for networks that predict velocities, such as SD3 and Flux"
+    )
     steps: int = Field(default=20, ge=1, le=1000)
     eta: float = Field(default=0.0, ge=0, le=1)
     guidance: float = Field(default=1.0, ge=0, description="1 is no classifier-free guidance")

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from quantlab.allocation.plan import Plan, SitePlan, make_plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.allocation import FLOAT_BITS
-from quantlab.contracts.model import CalibrationSet, Progress, Task
+from quantlab.contracts.model import CalibrationSet, GenerativeTask, Progress, Task
 from quantlab.contracts.sections import Calibrate, Sampling
 from quantlab.contracts.site import Site
 from quantlab.graph.captured import CapturedGraph
+from quantlab.graph.inputs import nested
 from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
 from quantlab.graph.verify import capture_verified
@@ -28,6 +29,8 @@ from quantlab.store import JSON, StageFolder, digest_of
 
 CAPTURE_VERSION = 1
 CALIBRATE_VERSION = 1
+ENCODE_VERSION = 1
+CONDITIONS = "conditions.safetensors"
 _SITES = TypeAdapter(tuple[Site, ...])
 
 
@@ -42,8 +45,8 @@ class Captured:
 
 
 def fingerprint(task: Task) -> str:
-    """Hash of the network's float weights."""
-    digest = hashlib.sha256()
+    """Hash of the network's float weights, and of what the task's outcome depends on beside them."""
+    digest = hashlib.sha256(task.conditions_digest.encode())
     for name, value in sorted(task.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -78,7 +81,7 @@ def capture(context: RunContext, task: Task) -> Captured:
 
 def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
     """The verified graph of a task's network, and its sites."""
-    graph = capture_verified(task.network, task.example_inputs, task.static)
+    graph = capture_verified(task.network, lambda batch: nested(task.example_inputs(batch)), task.static)
     return graph, find_sites(task.network, graph)
 
 
@@ -87,6 +90,19 @@ def plan(sites: Sequence[Site], recipe: Recipe, origin: Mapping[str, str]) -> Pl
     rules = match_sites(recipe.keep, [site.name for site in sites], origin=origin)
     bits = {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
     return make_plan(sites, bits, recipe.budget, split_skip=recipe.split_skip, attention=recipe.attention)
+
+
+def encode(context: RunContext, task: Task) -> None:
+    """Encode the prompts of a task once; whoever reads the run later needs no text encoder."""
+    if not isinstance(task, GenerativeTask) or task.prompts(1) is None:
+        return
+    key: dict[str, JSON] = {"version": ENCODE_VERSION, "conditions": task.conditions_digest}
+
+    def compute(folder: Path, progress: Progress) -> None:
+        save_file(dict(task.encode()), folder / CONDITIONS)
+
+    stage = context.stage("encode", "Encode the prompts", key, compute, link="encode")
+    task.use_encoded(load_file(stage.file(CONDITIONS)))
 
 
 @dataclass(frozen=True)
