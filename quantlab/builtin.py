@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def quantlab_models() -> list[type]:
-    """The models that ship, and modules in memory."""
+    """The models that ship, checkpoints of CompVis, and modules in memory."""
     from quantlab.models.builtin import BuiltinSource
+    from quantlab.models.compvis.source import CompVisSource
     from quantlab.models.module import MemorySource
 
-    return [BuiltinSource, MemorySource]
+    return [BuiltinSource, CompVisSource, MemorySource]
 
 
 @hookimpl

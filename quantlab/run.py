@@ -67,9 +67,10 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     """Run the recipe's method and its baselines, and measure them beside full precision."""
     recipe, console = loaded.recipe, options.console
     task = load_task(loaded, options.device, options.dtype)
-    measure.require(loaded.registry, task, recipe.evaluate)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
+    prepare.require_weights(task)
+    measure.require(loaded.registry, task, recipe.evaluate)
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
     context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
     describe.begin(context, loaded, options.device, options.dtype)

@@ -85,11 +85,14 @@ class Task(ABC):
         network: the module to quantize.
         timestep_input: the keyword that carries the timestep, or None.
         static: non-tensor keywords that every call of forward gets.
+        conditions_digest: hash of what its outcome depends on beside the network and the recipe, such as prompts and
+            what decodes samples; "" when there is nothing of the kind.
     """
 
     network: nn.Module
     timestep_input: str | None
     static: Mapping[str, object]
+    conditions_digest: str = ""
 
     @abstractmethod
     def example_inputs(self, batch: int) -> dict[str, Tensor]:

@@ -38,6 +38,11 @@ class LatentDiffusion:
     scale_factor: float
 
     @property
+    def has_weights(self) -> bool:
+        """False for shapes alone."""
+        return not any(parameter.is_meta for parameter in self.unet.parameters())
+
+    @property
     def alphas_cumprod(self) -> Tensor:
         """Products of 1 - beta at every training timestep, float64 [T]."""
         return torch.cumprod(1 - betas_of(self.config), dim=0)
