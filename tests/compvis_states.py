@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from ruamel.yaml import YAML
 from torch import Tensor
+
+from quantlab.models.compvis.config import LatentDiffusionParams
+from quantlab.models.compvis.convert import betas_of, parts_of
 
 
 def random_state(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -77,3 +82,23 @@ def tiny_config(name: str, **unet: Any) -> dict[str, Any]:
         "cond_stage_config": conditions[name],
     }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+def tiny_checkpoint(folder: Path, name: str, *, first_stage: str = "vq") -> tuple[Path, Path]:
+    """A checkpoint and its config in ``folder``, as the original saves them: ``model.ckpt`` and ``config.yaml``."""
+    content = tiny_config(name, first_stage=first_stage)
+    config = LatentDiffusionParams.model_validate(content["model"]["params"])
+    YAML().dump(content, folder / "config.yaml")
+    torch.save({"state_dict": checkpoint_state(config)}, folder / "model.ckpt")
+    return folder / "model.ckpt", folder / "config.yaml"
+
+
+def checkpoint_state(config: LatentDiffusionParams) -> dict[str, Tensor]:
+    """A checkpoint's tensors, by the original's names."""
+    shapes: dict[str, list[int]] = {}
+    for part in filter(None, parts_of(config)):
+        for name, value in part.module.state_dict().items():
+            source = part.sources[name]
+            shape = list(value.shape)
+            shapes[source.key] = [shape[0] * source.of, *shape[1:]]
+    return {**random_state(shapes), "betas": betas_of(config).float()}

@@ -10,29 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compvis_states import random_state, tiny_config
+from compvis_states import checkpoint_state, tiny_config
 from safetensors.torch import save_file
-from torch import Tensor
 
 from quantlab.errors import ModelError
 from quantlab.models.compvis.config import LatentDiffusionParams
-from quantlab.models.compvis.convert import betas_of, build, load, parts_of
+from quantlab.models.compvis.convert import build, load
 from quantlab.models.compvis.weights import EMA, UNET, average_key
 
 
 def config_of(name: str = "none", **unet: Any) -> LatentDiffusionParams:
     return LatentDiffusionParams.model_validate(tiny_config(name, **unet)["model"]["params"])
-
-
-def state_of(config: LatentDiffusionParams) -> dict[str, Tensor]:
-    """A checkpoint's tensors, as the original would save them."""
-    shapes: dict[str, list[int]] = {}
-    for part in filter(None, parts_of(config)):
-        for name, value in part.module.state_dict().items():
-            source = part.sources[name]
-            shape = list(value.shape)
-            shapes[source.key] = [shape[0] * source.of, *shape[1:]]
-    return {**random_state(shapes), "betas": betas_of(config).float()}
 
 
 def saved(state: Any, folder: Path, name: str = "model.ckpt") -> Path:
@@ -42,7 +30,7 @@ def saved(state: Any, folder: Path, name: str = "model.ckpt") -> Path:
 
 def test_both_kinds_of_file_give_the_same_weights(tmp_path: Path) -> None:
     config = config_of("classes")
-    state = state_of(config)
+    state = checkpoint_state(config)
     save_file(state, tmp_path / "model.safetensors")
     one = load(config, saved({"state_dict": state, "global_step": 7}, tmp_path))
     other = load(config, tmp_path / "model.safetensors")
@@ -53,7 +41,7 @@ def test_both_kinds_of_file_give_the_same_weights(tmp_path: Path) -> None:
 
 def test_the_moving_average_counts(tmp_path: Path) -> None:
     config = config_of()
-    state = state_of(config)
+    state = checkpoint_state(config)
     averages = {average_key(key): value + 1 for key, value in state.items() if key.startswith(UNET)}
     counters = {f"{EMA}decay": torch.tensor(0.9999), f"{EMA}num_updates": torch.tensor(3)}
     plain, averaged = load(config, saved(state, tmp_path)), load(config, saved(state | averages | counters, tmp_path))
@@ -68,7 +56,7 @@ def test_the_moving_average_counts(tmp_path: Path) -> None:
 
 def test_all_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
     config = config_of()
-    state = state_of(config)
+    state = checkpoint_state(config)
     del state[f"{UNET}time_embed.0.bias"]
     state[f"{UNET}input_blocks.9.0.weight"] = torch.zeros(1)
     state[f"{UNET}out.2.weight"] = torch.zeros(3, 64, 3, 3)
@@ -84,7 +72,7 @@ def test_all_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
 
 def test_another_models_checkpoint_is_told_in_few_words(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"and \d+ more") as error:
-        load(config_of("classes"), saved(state_of(config_of(first_stage="kl")), tmp_path))
+        load(config_of("classes"), saved(checkpoint_state(config_of(first_stage="kl")), tmp_path))
     assert len(error.value.message) < 4000
 
 
@@ -92,12 +80,12 @@ def test_the_schedule_must_be_the_checkpoints(tmp_path: Path) -> None:
     config = config_of()
     other = config.model_copy(update={"linear_end": 0.0155})
     with pytest.raises(ModelError, match="another noise schedule"):
-        load(other, saved(state_of(config), tmp_path))
+        load(other, saved(checkpoint_state(config), tmp_path))
 
 
 def test_the_scale_of_latents_comes_from_the_checkpoint(tmp_path: Path) -> None:
     config = config_of(first_stage="kl").model_copy(update={"scale_by_std": True})
-    state = state_of(config)
+    state = checkpoint_state(config)
     assert load(config, saved(state | {"scale_factor": torch.tensor(0.22)}, tmp_path)).scale_factor == pytest.approx(
         0.22
     )
@@ -107,13 +95,13 @@ def test_the_scale_of_latents_comes_from_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_text_encoders_weights_are_passed_over(tmp_path: Path) -> None:
     config = config_of("text", first_stage="kl")
-    state = state_of(config) | {"cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.zeros(3)}
+    state = checkpoint_state(config) | {"cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.zeros(3)}
     assert load(config, saved(state, tmp_path)).class_embedder is None
 
 
 def test_transformers_of_linear_layers(tmp_path: Path) -> None:
     by_convolution, by_linear = config_of("classes"), config_of("classes", use_linear_in_transformer=True)
-    state = state_of(by_convolution)
+    state = checkpoint_state(by_convolution)
     inputs = {
         "sample": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         "timestep": torch.tensor([3, 500]),
@@ -139,7 +127,7 @@ def _run() -> None:
 
 def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing else is unpickled"):
-        load(config_of(), saved({"state_dict": state_of(config_of()), "callbacks": Planted()}, tmp_path))
+        load(config_of(), saved({"state_dict": checkpoint_state(config_of()), "callbacks": Planted()}, tmp_path))
     assert not Planted.ran
 
 
@@ -151,7 +139,7 @@ def test_what_training_leaves_is_passed_over(tmp_path: Path, monkeypatch: pytest
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
     left = {"callbacks": {callback: {"best": np.float64(0.25)}}, "epoch": 3}
-    assert load(config, saved({"state_dict": state_of(config), **left}, tmp_path)).scale_factor == 1.0
+    assert load(config, saved({"state_dict": checkpoint_state(config), **left}, tmp_path)).scale_factor == 1.0
 
 
 def test_without_a_checkpoint_there_are_shapes_alone() -> None:
