@@ -18,7 +18,7 @@ from quantlab.contracts.model import CalibrationSet, Progress, Task
 from quantlab.contracts.sections import Calibrate, Sampling
 from quantlab.contracts.site import Site
 from quantlab.errors import ModelError
-from quantlab.graph.capture import capture as capture_graph
+from quantlab.graph.capture import capture_once
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
@@ -96,7 +96,7 @@ def require_weights(task: Task) -> None:
 def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
     """The verified graph of a task's network, and its sites; unverified for a network of shapes alone."""
     if weightless(task):
-        graph = capture_graph(task.network, task.example_inputs(3), task.static)
+        graph = capture_once(task.network, task.example_inputs(3), task.static)
         return graph, find_sites(task.network, graph)
     graph = capture_verified(task.network, task.example_inputs, task.static)
     return graph, find_sites(task.network, graph)
