@@ -24,7 +24,7 @@ from quantlab.store import Store, create_run
 RECIPE = """
 version: 1
 model: {{source: compvis, config: {config}, weights: {weights}, unconditional_class: 4}}
-method: mse
+method: min-max
 budget: {{weight_bits: 4, activation_bits: 8}}
 sampling: {{steps: 2, guidance: 2.0}}
 calibrate: {{trajectories: 2, samples: 2}}
