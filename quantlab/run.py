@@ -176,7 +176,7 @@ def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> 
     float_model = FloatModel.of(task.network)
     cost = dry_cost(recipe, plan, float_model)
     check_budgets(loaded, sites, float_model)
-    return describe.plan_text(plan, cost)
+    return f"{describe.plan_text(plan, cost)}\n{describe.resources_text(task, recipe, float_model)}"
 
 
 def dry_cost(recipe: Recipe, plan: Plan, float_model: FloatModel) -> Accounting:

@@ -97,6 +97,8 @@ def test_stable_diffusion_is_planned_through_run(tmp_path: Path) -> None:
     loaded = load_recipe("paper/stable-diffusion-w2a6")
     text = run(loaded, RunOptions(tmp_path, "cpu", "float32", True, make_console(quiet=True))).text
     assert "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k" in text and "at 265 of 314 sites" in text
+    recorded = 2 * 50 * 64 * 4 * 64 * 64 * 4  # input and output, steps, trajectories, a latent's floats
+    assert f"{recorded:,} bytes of disk" in text and f"{recorded + 2 * 859_520_964 * 4:,} bytes of memory" in text
     assert "bit operations" in text and not list(tmp_path.iterdir())
 
 
