@@ -71,10 +71,9 @@ class CompVisTask(GenerativeTask):
             )
         self.model, self.network, self.dtype = model, model.unet, dtype
         self.device = device if model.has_weights else torch.device("meta")
-        if model.has_weights:
-            # Not diffusers' own ``to``, which warns about modules it wants to keep in float32.
-            nn.Module.to(self.network, device=device, dtype=dtype)
-            model.first_stage.to(device)
+        # Not diffusers' own ``to``, which warns about modules it wants to keep in float32.
+        nn.Module.to(self.network, device=self.device, dtype=dtype)
+        nn.Module.to(model.first_stage, device=self.device)
         self.contexts = contexts
         self.timestep_input = "timestep"
         self.static: Mapping[str, object] = {"return_dict": False}
