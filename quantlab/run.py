@@ -75,6 +75,7 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     require_denoiser(task, [for_method(loaded, method) for method in methods_of(recipe)], loaded.registry)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
+    prepare.require_weights(task)
     kind.require(loaded.registry, task, recipe.evaluate)
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
     context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
@@ -183,7 +184,7 @@ def dry_run(loaded: LoadedRecipe, task: Task, options: RunOptions) -> str:
     float_model = FloatModel.of(task.network)
     cost = dry_cost(recipe, plan, float_model)
     check_budgets(loaded, sites, float_model)
-    return describe.plan_text(plan, cost)
+    return f"{describe.plan_text(plan, cost)}\n{describe.resources_text(task, recipe, float_model)}"
 
 
 def dry_cost(recipe: Recipe, plan: Plan, float_model: FloatModel) -> Accounting:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from quantlab.allocation.plan import Plan
 from quantlab.contracts.allocation import FLOAT_BITS
-from quantlab.quant.accounting import Accounting
+from quantlab.contracts.model import GenerativeTask
+from quantlab.quant.accounting import Accounting, FloatModel
 from quantlab.recipe.explain import resolved_yaml
 from quantlab.recipe.load import LoadedRecipe
+from quantlab.recipe.schema import Recipe
 from quantlab.report.grid import GridRow, save_grid
 from quantlab.report.html import RunReport, StageLine, save_run_html
 from quantlab.report.rows import Row, row_to_json
@@ -81,6 +83,20 @@ def plan_text(plan: Plan, cost: Accounting) -> str:
         f"{cost.bit_operations / 1e9:.3f} G bit operations a forward at batch 1"
     )
     return f"{markdown_of(lines)}\n\n{size}\n{coverage_text(plan, cost)}"
+
+
+def resources_text(task: GenerativeTask, recipe: Recipe, float_model: FloatModel) -> str:
+    """What a run needs at least: the recorded trajectories on disk, and in memory beside both networks' weights.
+
+    At every step a trajectory has the noisy sample and the prediction, which is as large.
+    """
+    sample = task.draw_noise(1, 0)
+    recorded = 2 * recipe.sampling.steps * recipe.calibrate.trajectories * sample.numel() * sample.element_size()
+    memory = recorded + 2 * float_model.total_bytes
+    return (
+        f"a run needs at least {recorded:,} bytes of disk for calibration, and {memory:,} bytes of memory for it and "
+        "for the float network with its quantized copy; activations, adapters and images come on top"
+    )
 
 
 def _bits(bits: int) -> str:

@@ -17,6 +17,8 @@ from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import CalibrationSet, GenerativeTask, Progress, Task
 from quantlab.contracts.sections import Calibrate, Sampling
 from quantlab.contracts.site import Site
+from quantlab.errors import ModelError
+from quantlab.graph.capture import capture_once
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.inputs import nested
 from quantlab.graph.serialize import from_json, to_json
@@ -79,8 +81,26 @@ def capture(context: RunContext, task: Task) -> Captured:
     return Captured(task, graph, find_sites(task.network, graph), stage)
 
 
+def weightless(task: Task) -> bool:
+    """Whether the network has shapes alone, on the meta device: enough for a dry run."""
+    return any(parameter.is_meta for parameter in task.network.parameters())
+
+
+def require_weights(task: Task) -> None:
+    """Raise ModelError for a network of shapes alone."""
+    if weightless(task):
+        raise ModelError(
+            "the model is given without weights, which is enough for a plan and nothing else",
+            where="model.weights",
+            next_step="name its checkpoint, or ask for the plan: quantlab run RECIPE --dry-run",
+        )
+
+
 def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
-    """The verified graph of a task's network, and its sites."""
+    """The verified graph of a task's network, and its sites; unverified for a network of shapes alone."""
+    if weightless(task):
+        graph = capture_once(task.network, nested(task.example_inputs(3)), task.static)
+        return graph, find_sites(task.network, graph)
     graph = capture_verified(task.network, lambda batch: nested(task.example_inputs(batch)), task.static)
     return graph, find_sites(task.network, graph)
 
