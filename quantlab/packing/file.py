@@ -96,7 +96,7 @@ def read_packed(path: Path) -> PackedFile:
 
 def checksum(value: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in hexadecimal."""
-    return hashlib.sha256(memoryview(value.contiguous().view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(value.contiguous().view(torch.uint8).numpy()).hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def _require_format(path: Path, metadata: Mapping[str, str]) -> None:
