@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         CaptureError,
         ModelError,
         NonFiniteError,
+        PackError,
         PluginError,
         QuantlabError,
         RecipeError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
+    from quantlab.packing.model import PackedModel
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
@@ -89,10 +91,11 @@ _NAMES = {
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
-    "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
+    "errors": "ArtefactError CaptureError ModelError NonFiniteError PackError PluginError QuantlabError RecipeError",
     "evaluation.samples": "ImageMetric SampleSet",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
+    "packing.model": "PackedModel",
     "plugins": "Registry load_registry",
     "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
@@ -147,6 +150,8 @@ __all__ = [
     "Observer",
     "Operand",
     "OutputFamily",
+    "PackError",
+    "PackedModel",
     "Partition",
     "PerChannel",
     "PerTensor",

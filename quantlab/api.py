@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,19 +164,6 @@ class LoadedRun:
         return install(self.student.network, self.student.graph, self.task.timestep_input, pipeline, component)
 
 
-@overload
-def load_quantized(
-    path: str | Path, method: str | None = None, device: str = "cpu", steps: int | None = None
-) -> LoadedRun: ...
-@overload
-def load_quantized(
-    path: str | Path,
-    method: str | None = None,
-    device: str = "cpu",
-    *,
-    keep_packed: bool,
-    network: nn.Module | None = None,
-) -> PackedModel: ...
 def load_quantized(
     path: str | Path,
     method: str | None = None,

@@ -77,9 +77,9 @@ def _built(record: NetworkRecord) -> nn.Module:
 
 
 def _is_diffusers_model(cls: type) -> bool:
-    """Whether a class is one of diffusers' models; other modules may have a ``config`` too."""
+    """Whether a class is one of diffusers' public models; other modules may have a ``config`` too."""
     if cls.__module__.partition(".")[0] != "diffusers":
         return False
-    from diffusers import ModelMixin
+    import diffusers
 
-    return issubclass(cls, ModelMixin) and hasattr(cls, "from_config")
+    return issubclass(cls, diffusers.ModelMixin) and getattr(diffusers, cls.__name__, None) is cls

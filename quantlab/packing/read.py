@@ -55,7 +55,7 @@ def load_packed(
     file = read_packed(path)
     try:
         return _load(file, device, keep_packed, network, registry)
-    except (AttributeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtefactError("the file does not fit its own description", where=str(path), got=error) from error
 
 

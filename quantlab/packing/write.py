@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.sections import Choice, ScaleType
-from quantlab.errors import PackError
+from quantlab.errors import ArtefactError, PackError
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.serialize import to_json
 from quantlab.packing.bitpack import MAX_WIDTH, pack_channels, pack_widths
@@ -39,6 +39,7 @@ from quantlab.packing.tables import (
     write_timesteps,
     write_zero_points,
 )
+from quantlab.packing.trust import require_harmless
 from quantlab.quant.accounting import FloatModel
 from quantlab.quant.attention import QuantizedAttention
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
@@ -96,7 +97,12 @@ def pack(model: Finished) -> PackedFile:
         origin=model.origin,
         checksums={},
     )
-    return PackedFile(manifest, layout, to_json(model.graph), blobs.finish())
+    graph = to_json(model.graph)
+    try:
+        require_harmless(graph)
+    except ArtefactError as error:
+        raise PackError("the forward calls what a packed file may not name", got=error.got) from error
+    return PackedFile(manifest, layout, graph, blobs.finish())
 
 
 def _write_site(blobs: BlobWriter, name: str, layer: Layer, scales: ScaleType) -> SiteRecord:
