@@ -13,22 +13,13 @@ if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
     from quantlab.calibration.choose import draw_pairs
-    from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, Resource, SiteData
-    from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
+    from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy, FLOAT_BITS, Resource, SiteData
+    from quantlab.contracts.block import Block, Grouping, Partition, TEMPORAL
     from quantlab.contracts.config import Strict
     from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import (
-        CalibrationBatch,
-        CalibrationSet,
-        ClassificationTask,
-        Evidence,
-        GenerativeTask,
-        LabelledBatch,
-        Task,
-        TrainingBatch,
-    )
+    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, ClassificationTask, Evidence, GenerativeTask, LabelledBatch, Task, TrainingBatch
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
@@ -37,31 +28,13 @@ if TYPE_CHECKING:
     from quantlab.contracts.scores import Operand, OutputFamily, Score, ScoreRequest
     from quantlab.contracts.sections import Budget, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
-    from quantlab.contracts.tuning import (
-        OUTPUT,
-        AdapterSpec,
-        AdapterStart,
-        Checkpoint,
-        ConvAdapter,
-        Loss,
-        StepContext,
-        TuneJob,
-        Tuner,
-        TuneResult,
-    )
-    from quantlab.errors import (
-        ArtefactError,
-        CaptureError,
-        ModelError,
-        NonFiniteError,
-        PluginError,
-        QuantlabError,
-        RecipeError,
-    )
+    from quantlab.contracts.tuning import AdapterSpec, AdapterStart, Checkpoint, ConvAdapter, Loss, OUTPUT, StepContext, TuneJob, TuneResult, Tuner
+    from quantlab.errors import ArtefactError, CaptureError, ModelError, NonFiniteError, PackError, PluginError, QuantlabError, RecipeError
     from quantlab.evaluation.answers import Answers, ClassMetric
     from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
+    from quantlab.packing.model import PackedModel
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
@@ -71,8 +44,7 @@ if TYPE_CHECKING:
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
     from quantlab.recipe.schema import Recipe
-    from quantlab.run import RunOptions, RunResult
-    from quantlab.run import run as run_recipe
+    from quantlab.run import RunOptions, RunResult, run as run_recipe
     from quantlab.tuning.checkpoint import restore_layers, restore_training, save_layers, save_training
     from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
     from quantlab.tuning.visit import visit_layers
@@ -100,11 +72,13 @@ _NAMES = {
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
-    "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
+    "errors": "ArtefactError CaptureError ModelError NonFiniteError PackError PluginError QuantlabError "
+    "RecipeError",
     "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
+    "packing.model": "PackedModel",
     "plugins": "Registry load_registry",
     "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
@@ -126,9 +100,6 @@ _WHERE = {
 }
 
 __all__ = [
-    "FLOAT_BITS",
-    "OUTPUT",
-    "TEMPORAL",
     "AdapterSpec",
     "AdapterStart",
     "AllocationProblem",
@@ -151,6 +122,7 @@ __all__ = [
     "CorrectionData",
     "CorrectionStep",
     "Evidence",
+    "FLOAT_BITS",
     "GenerativeTask",
     "Grouping",
     "ImageMetric",
@@ -162,9 +134,12 @@ __all__ = [
     "Method",
     "ModelError",
     "NonFiniteError",
+    "OUTPUT",
     "Observer",
     "Operand",
     "OutputFamily",
+    "PackError",
+    "PackedModel",
     "Partition",
     "PerChannel",
     "PerTensor",
@@ -196,6 +171,7 @@ __all__ = [
     "StageStatus",
     "StepContext",
     "Strict",
+    "TEMPORAL",
     "Task",
     "TrainingBatch",
     "Tune",

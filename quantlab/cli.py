@@ -243,7 +243,7 @@ def clean(
 
 @app.command()
 def sample(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run folder, or a packed file")],
     number: Annotated[int, typer.Option("--number", min=1, help="how many images")] = 16,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="of the initial noise")] = 0,
     output: Annotated[Path, typer.Option("--output", help="the PNG file to write")] = Path("samples.png"),
@@ -253,11 +253,27 @@ def sample(
     device: DeviceOption = "cpu",
     verbose: VerboseOption = False,
 ) -> None:
-    """Draw images from the quantized model of a run."""
+    """Draw images from the quantized model of a run, or of a packed file."""
     with told(verbose):
         from quantlab.api import sample as sample_run
 
-        print(sample_run(run_folder, number, seed, output, device, steps))
+        print(sample_run(path, number, seed, output, device, steps))
+
+
+@app.command()
+def pack(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    method: Annotated[str | None, typer.Option("--method", help="of the run; the recipe's own without it")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="the file; METHOD.safetensors in RUN without it")
+    ] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a quantized model of a run as one small file, which loads without the run and the float weights."""
+    with told(verbose):
+        from quantlab.api import pack as pack_run
+
+        print(pack_run(run_folder, method, output))
 
 
 @app.command()

@@ -64,6 +64,10 @@ class ArtefactError(QuantlabError):
     """A file of a run is missing, truncated, foreign or newer than this version reads."""
 
 
+class PackError(QuantlabError):
+    """A model cannot be packed, or a file format cannot hold it."""
+
+
 class NonFiniteError(QuantlabError):
     """A tensor holds NaN or infinity; the message names the first site where it does."""
 

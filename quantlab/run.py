@@ -22,7 +22,7 @@ from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
 from quantlab.report.tables import markdown
-from quantlab.stages import classify, correct, describe, evaluate, inspect, prepare, quantize
+from quantlab.stages import classify, correct, describe, evaluate, inspect, pack, prepare, quantize
 from quantlab.stages.context import RunContext
 from quantlab.stages.denoiser import require_denoiser
 from quantlab.stages.kinds import evaluation_of
@@ -102,10 +102,11 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         plan = prepare.plan(captured.sites, arm, loaded.origin)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
-        final = quantize.finalize(context, tuned, method)
+        final = quantize.finalize(context, tuned, method, arm.pack)
         inspect.inspect_sites(context, captured, calibrated, final, method)
         final = correct.correct(context, captured, calibrated, final, arm, method)
         measured = evaluation.measure(final, method)
+        pack.pack(context, task, final, arm, measured, protocol, method)
         seconds = sum(stage.seconds for stage in final.stages)
         rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
         images.append((method, measured.images))
@@ -156,6 +157,11 @@ def plugin_versions(recipe: Recipe, registry: Registry) -> dict[str, JSON]:
 
 
 def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> Task:
+    """The recipe's model as a task; raises as ``task_of`` does."""
+    return task_of(loaded.recipe, loaded.registry, device, dtype)
+
+
+def task_of(recipe: Recipe, registry: Registry, device: str, dtype: str) -> Task:
     """The recipe's model as a task; raises RecipeError for a device, dtype or model that is not there."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
@@ -171,8 +177,8 @@ def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> Task:
             got=f"{device} ({reason})",
             allowed="cpu, or cuda, cuda:1, ... on a machine and a torch that have it",
         ) from error
-    source = loaded.registry.create(Kind.MODEL, loaded.recipe.model.plugin)
-    return source.load(loaded.recipe.model, loaded.recipe.sampling, place, kinds[dtype])
+    source = registry.create(Kind.MODEL, recipe.model.plugin)
+    return source.load(recipe.model, recipe.sampling, place, kinds[dtype])
 
 
 def dry_run(loaded: LoadedRecipe, task: Task, options: RunOptions) -> str:

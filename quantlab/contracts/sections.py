@@ -162,6 +162,35 @@ class Tune(Strict):
         return max(1, round(share * self.iterations)) if share * self.iterations > 0 else 0
 
 
+class ScaleType(StrEnum):
+    """The type that scales are stored in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+class FreeZeroPoints(StrEnum):
+    """What becomes of zero points that are not integers, which no packed file holds."""
+
+    REFUSE = "refuse"
+    """The model stays as it is and is not packed."""
+    ROUND = "round"
+    """They are rounded before the model is evaluated."""
+
+
+class Pack(Strict):
+    """What the finished model is brought to before it is evaluated, so that the packed file is the evaluated model."""
+
+    scales: ScaleType = Field(default=ScaleType.FLOAT32, description="float16 rounds the scales to it")
+    free_zero_points: FreeZeroPoints = Field(
+        default=FreeZeroPoints.REFUSE, description="of methods with round_zero_point: false"
+    )
+
+
+AS_IT_IS = Pack()
+"""Nothing is changed for the file."""
+
+
 class Features(StrEnum):
     """Which network gives the features that distances between sets of images are measured on."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from quantlab.contracts.config import Strict
 from quantlab.contracts.quant import PerChannel, QParams, QuantSpec
 from quantlab.contracts.quantizer import Quantizer
-from quantlab.errors import QuantlabError
+from quantlab.contracts.sections import FreeZeroPoints, Pack, ScaleType
+from quantlab.errors import NonFiniteError, QuantlabError
 from quantlab.quant.functional import MIN_SCALE, PERCENTILE, fake_quantize, per_channel, search_scale
 from quantlab.quant.timestep import group_by_timestep, nearest_index
 
@@ -53,6 +55,7 @@ class AffineQuantizer(Quantizer):
         self.zero_point = nn.Parameter(torch.zeros(shape), requires_grad=False)
         if spec.per_timestep:
             self.register_buffer("timesteps", torch.zeros(0))
+        self._scale_bytes = self.scale.itemsize
         self._seen: list[tuple[Tensor, Tensor | None]] = []
 
     @classmethod
@@ -142,6 +145,21 @@ class AffineQuantizer(Quantizer):
         if self.spec.round_zero_point:
             self.zero_point.data.round_()
 
+    def store_as(self, settings: Pack) -> None:
+        """Round scales to float16 and free zero points to integers, each if the settings say so.
+
+        Raises:
+            NonFiniteError: a scale does not fit into float16.
+        """
+        if settings.scales is ScaleType.FLOAT16:
+            rounded = self.scale.data.half()
+            if not bool((torch.isfinite(rounded) & (rounded > 0)).all()):
+                raise NonFiniteError("a scale does not fit into float16", next_step="set pack.scales: float32")
+            self.scale.data, self._scale_bytes = rounded.to(self.scale), rounded.itemsize
+        if settings.free_zero_points is FreeZeroPoints.ROUND and not self.spec.round_zero_point:
+            self.spec = replace(self.spec, round_zero_point=True)
+            self.round_parameters()
+
     def constrain(self) -> None:
         """A scale stays positive: gradients may carry a small one past 0, where codes would change their sign."""
         self.scale.data.clamp_(min=MIN_SCALE)
@@ -157,6 +175,7 @@ class AffineQuantizer(Quantizer):
             self.spec.granularity.axis if isinstance(self.spec.granularity, PerChannel) else None,
             self.timesteps if self.spec.per_timestep else None,
             self.spec.round_zero_point,
+            scale_bytes=self._scale_bytes,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:

@@ -18,6 +18,7 @@ from quantlab.contracts.sections import (
     InputsFrom,
     Keep,
     Model,
+    Pack,
     Sampling,
     Tune,
     Weights,
@@ -47,6 +48,7 @@ class Recipe(Strict):
     inputs_from: InputsFrom = InputsFrom.TEACHER
     tune: Tune = Tune()
     corrections: tuple[Choice, ...] = Field(default=(), description="of the sampler, fitted to the finished model")
+    pack: Pack = Pack()
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 

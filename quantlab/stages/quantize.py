@@ -30,7 +30,7 @@ from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
 from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import CalibrationBatch, Progress
-from quantlab.contracts.sections import Choice, Tune, Weights
+from quantlab.contracts.sections import AS_IT_IS, Choice, Pack, Tune, Weights
 from quantlab.contracts.tuning import Checkpoint, TappedRun, TuneJob, Tuner
 from quantlab.errors import ArtefactError
 from quantlab.graph.blocks import Traced, cut_blocks
@@ -262,29 +262,32 @@ def tune_job(
     )
 
 
-def finalize(context: RunContext, tuned: Quantized, arm: str) -> Quantized:
+def finalize(context: RunContext, tuned: Quantized, arm: str, pack: Pack = AS_IT_IS) -> Quantized:
     """Merge adapters and round zero points: the model that is evaluated and packed."""
     key: dict[str, JSON] = {"version": FINALIZE_VERSION, "from": tuned.stage.digest}
+    if pack != AS_IT_IS:
+        key["pack"] = as_json(pack)
 
     def compute(folder: Path, progress: Progress) -> None:
-        changed = _finalized(tuned.student)
+        changed = finalize_student(tuned.student, pack)
         (folder / "rounding.json").write_text(json.dumps(changed))
         (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(tuned.bit_map)))
         save_state(tuned.student, folder / "final.safetensors")
 
     stage = context.stage("finalize", f"{arm}: finalize", key, compute, link=f"{arm}/finalize")
     if stage.reused:
-        _finalized(tuned.student)
+        finalize_student(tuned.student, pack)
     for layer in tuned.student.layers().values():
         layer.freeze()
     return Quantized(tuned.student, tuned.bit_map, tuned.batch, stage, (*tuned.stages, stage))
 
 
-def _finalized(student: Student) -> dict[str, float]:
+def finalize_student(student: Student, pack: Pack) -> dict[str, float]:
     """Finalize layers and attentions in place; returns what it changed, by layer."""
     for attention in student.attentions().values():
         attention.round_parameters()
-    return finalize_layers(student.layers())
+        attention.store_as(pack)
+    return finalize_layers(student.layers(), pack)
 
 
 @dataclass(frozen=True)
