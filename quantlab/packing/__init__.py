@@ -1,0 +1,1 @@
+"""Packed models: files as small as their bits, and integer execution."""
