@@ -50,8 +50,10 @@ if TYPE_CHECKING:
         RecipeError,
     )
     from quantlab.evaluation.samples import ImageMetric, SampleSet
+    from quantlab.execution import ExecutionQuality, IntegerModule, compare_execution, execute, execute_run
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
+    from quantlab.packing.backends.dispatch import SiteDispatch
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
@@ -91,8 +93,10 @@ _NAMES = {
     "Tuner",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
     "evaluation.samples": "ImageMetric SampleSet",
+    "execution": "ExecutionQuality IntegerModule compare_execution execute execute_run",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
+    "packing.backends.dispatch": "SiteDispatch",
     "plugins": "Registry load_registry",
     "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
@@ -135,8 +139,10 @@ __all__ = [
     "Correction",
     "CorrectionData",
     "CorrectionStep",
+    "ExecutionQuality",
     "Grouping",
     "ImageMetric",
+    "IntegerModule",
     "LoadedRecipe",
     "LoadedRun",
     "Loss",
@@ -171,6 +177,7 @@ __all__ = [
     "ScoreRequest",
     "Site",
     "SiteData",
+    "SiteDispatch",
     "SiteKind",
     "Slot",
     "SmoothingPass",
@@ -186,7 +193,10 @@ __all__ = [
     "Tuner",
     "WeightGrid",
     "blame_non_finite",
+    "compare_execution",
     "draw_pairs",
+    "execute",
+    "execute_run",
     "fake_quantize",
     "hookimpl",
     "last_block",

@@ -92,7 +92,9 @@ def lower(network: nn.Module, backend: Backend, activation: ActivationKernel) ->
             if layer is not None:
                 made[id(module)] = layer
         elif isinstance(module, QuantizedAttention) and module.quantizers:
-            dispatch.append(SiteDispatch(path, Kernel.SIMULATED, "the two products of attention have no integer kernel"))
+            dispatch.append(
+                SiteDispatch(path, Kernel.SIMULATED, "the two products of attention have no integer kernel")
+            )
     return Lowered(copy.deepcopy(network, made), tuple(dispatch))
 
 
@@ -129,8 +131,8 @@ def _columns(layer: QuantizedLayer) -> int:
 def _cost(layer: IntegerLayer) -> str:
     """What makes a layer more than one product."""
     notes = [f"{len(layer.products)} products, one for each part of its input"] if len(layer.products) > 1 else []
-    if any(isinstance(product, OneDnnProduct) and len(product.packed) > 1 for product in layer.products):
-        notes.append("weights beyond int8 take two products")
+    pieces = max(len(product.packed) if isinstance(product, OneDnnProduct) else 1 for product in layer.products)
+    notes += [f"weights beyond int8 take {pieces} products"] if pieces > 1 else []
     notes += ["a low-rank product in float"] if layer.branch is not None else []
     return "; ".join(notes)
 

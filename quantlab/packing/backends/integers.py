@@ -24,6 +24,8 @@ QuantizedLayer = QuantizedLinear | QuantizedConv2d
 INT32_MAX = 2**31 - 1
 UINT8_MAX = 255
 INT8_MAX = 127
+MAX_PIECES = 3
+"""Most int8 numbers that a weight is written as the sum of; 8-bit codes whose zero point is 0 need three."""
 
 
 class NotExecutable(Exception):
@@ -187,8 +189,8 @@ def _weight(layer: QuantizedLayer, stored: QParams) -> Tensor:
     centred = torch.minimum(codes.clamp(min=0), grid.quant_max) - grid.zero_point
     if not torch.equal(centred * grid.scale, layer.quantized_weight()):
         raise NotExecutable(f'the quantizer "{_name(layer.weight_quantizer)}" of its weight rounds in its own way')
-    if centred.abs().max() > 2 * INT8_MAX:
-        raise NotExecutable("a weight's code is too far from its zero point for two int8 numbers")
+    if centred.abs().max() > MAX_PIECES * INT8_MAX:
+        raise NotExecutable(f"a weight's code is too far from its zero point for {MAX_PIECES} int8 numbers")
     return centred.to(torch.int16)
 
 

@@ -29,6 +29,9 @@ class Product(Protocol):
 class _Branch(nn.Module):
     """A low-rank product in float, beside the integers."""
 
+    A: Tensor
+    B: Tensor
+
     def __init__(self, branch: LowRankBranch, geometry: ConvGeometry | None) -> None:
         super().__init__()
         self.geometry = geometry

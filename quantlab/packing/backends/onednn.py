@@ -32,7 +32,7 @@ class OneDnnProduct:
     """s_x s_w (q_x - z_x)(q_w - z_w) + b of one part of a layer, with the int8 weights in oneDNN's own layout.
 
     Attributes:
-        packed: the weights; two where q_w - z_w leaves int8, whose sum it is.
+        packed: the weights; several where q_w - z_w leaves int8, which they add up to.
         scale: of the weight, float32 [out].
         bias: float32 [out], or None.
         geometry: of a convolution; None for a linear layer.
@@ -82,14 +82,16 @@ class OneDnnProduct:
 
 
 def int8_pieces(weight: Tensor) -> list[Tensor]:
-    """int8 tensors that add up to an int16 weight in [-255, 255]: one where it fits, else two.
+    """int8 tensors that add up to an int16 weight: one where it fits, seldom more than two.
 
-    An 8-bit weight leaves int8 unless its zero point is 128. Both pieces of an element have its sign, so that adding
+    An 8-bit weight leaves int8 unless its zero point is 128. All pieces of an element have its sign, so that adding
     their products cancels nothing, and each has int32 accumulators of its own.
     """
-    first = weight.clamp(-INT8_MAX - 1, INT8_MAX)
-    rest = weight - first
-    return [piece.to(torch.int8) for piece in (first, rest) if piece is first or rest.any()]
+    pieces: list[Tensor] = []
+    while not pieces or weight.any():
+        pieces.append(weight.clamp(-INT8_MAX - 1, INT8_MAX))
+        weight = weight - pieces[-1]
+    return [piece.to(torch.int8) for piece in pieces]
 
 
 def _pack(weight: Tensor, scale: Tensor, geometry: ConvGeometry | None) -> Tensor:

@@ -86,9 +86,7 @@ def simulate(site: IntegerSite, x: Tensor, timestep: Tensor | None = None) -> Te
     if site.geometry is None:
         return F.linear(dequantized, weight, bias)
     geometry = site.geometry
-    return F.conv2d(
-        dequantized, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    )
+    return F.conv2d(dequantized, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
 def part_sizes(site: IntegerSite, x: Tensor) -> tuple[int, ...]:
