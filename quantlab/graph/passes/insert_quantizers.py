@@ -71,15 +71,10 @@ def _call_layer(node: fx.Node, path: str, layer_input: fx.Node, timestep: fx.Nod
     arguments: tuple[fx.Node, ...] = (layer_input,)
     if timestep is not None and _samples(layer_input) == _samples(timestep):
         arguments += (timestep,)
-    read = [other for other in node.all_input_nodes if other.op == "get_attr"]
     if node.op != "call_module":
         # A layer that the model calls by its weight; the node keeps its name and place.
         node.op, node.target = "call_module", path
     node.args, node.kwargs = arguments, {}
-    for parameter in read:
-        # The layer that comes to stand here need not have the parameter: integer layers have none.
-        if not parameter.users:
-            parameter.graph.erase_node(parameter)
 
 
 def _samples(node: fx.Node) -> int | None:

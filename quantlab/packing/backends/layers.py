@@ -49,6 +49,9 @@ class _Branch(nn.Module):
 class IntegerLayer(nn.Module):
     """A linear layer or convolution whose products are integer products. It holds no float weight.
 
+    Networks ask a layer's weight for its dtype or shape. ``weight`` answers with those of the float weight; its
+    numbers are one NaN, so that nothing can compute with it unnoticed.
+
     Args:
         site: the integers; its weights are not kept.
         products: one for each part, the bias in the first.
@@ -72,6 +75,9 @@ class IntegerLayer(nn.Module):
         # The simulation multiplies by reciprocals: so must the codes' input be.
         self.reciprocal = None if smoothing is None else 1 / smoothing.detach()
         self.branch = None if branch is None else _Branch(branch, site.geometry)
+        shape = (len(site.parts[0].weight), sum(site.sizes), *site.parts[0].weight.shape[2:])
+        self.weight = torch.full((), torch.nan).expand(shape)
+        self.bias = site.bias
 
     def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """[B, ..., in] -> [B, ..., out], or [B, in, H, W] -> [B, out, H', W']; ``timestep`` [B] for tables."""

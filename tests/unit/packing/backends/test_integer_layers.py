@@ -291,6 +291,8 @@ def test_no_float_weight_is_held() -> None:
         if backend in BACKENDS:
             lowered = lower(nn.ModuleDict({"layer": made}), backend, PLAIN)
             assert not dict(lowered.network.state_dict())
+            weight = lowered.network["layer"].weight
+            assert weight.shape == (128, 128) and weight.dtype == torch.float32 and weight.isnan().all()
             assert loaded_bytes(lowered.network) < share * 4 * 128 * 128
 
 
