@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from quantlab.errors import ArtefactError, CaptureError, ModelError, NonFiniteError, PackError, PluginError, QuantlabError, RecipeError
     from quantlab.evaluation.answers import Answers, ClassMetric
     from quantlab.evaluation.samples import ImageMetric, SampleSet
+    from quantlab.execution import ExecutionQuality, IntegerModule, compare_execution, execute, execute_run
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
+    from quantlab.packing.backends.dispatch import SiteDispatch
     from quantlab.packing.model import PackedModel
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.accounting import zero_point_bytes
@@ -76,8 +78,10 @@ _NAMES = {
     "RecipeError",
     "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
+    "execution": "ExecutionQuality IntegerModule compare_execution execute execute_run",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
+    "packing.backends.dispatch": "SiteDispatch",
     "packing.model": "PackedModel",
     "plugins": "Registry load_registry",
     "quant.accounting": "zero_point_bytes",
@@ -122,10 +126,12 @@ __all__ = [
     "CorrectionData",
     "CorrectionStep",
     "Evidence",
+    "ExecutionQuality",
     "FLOAT_BITS",
     "GenerativeTask",
     "Grouping",
     "ImageMetric",
+    "IntegerModule",
     "LabelledBatch",
     "LoadedRecipe",
     "LoadedRun",
@@ -164,6 +170,7 @@ __all__ = [
     "ScoreRequest",
     "Site",
     "SiteData",
+    "SiteDispatch",
     "SiteKind",
     "Slot",
     "SmoothingPass",
@@ -180,7 +187,10 @@ __all__ = [
     "Tuner",
     "WeightGrid",
     "blame_non_finite",
+    "compare_execution",
     "draw_pairs",
+    "execute",
+    "execute_run",
     "fake_quantize",
     "hookimpl",
     "last_block",

@@ -277,6 +277,21 @@ def pack(
 
 
 @app.command()
+def execute(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    method: Annotated[str | None, typer.Option("--method", help="a method of the run; the recipe's without it")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="how many images")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="of the initial noise")] = 0,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the quantized model of a run in integers, and compare it with its simulation."""
+    with told(verbose):
+        from quantlab.execution import compare_execution
+
+        print(compare_execution(run_folder, method, samples=samples, seed=seed))
+
+
+@app.command()
 def bench(
     recipe: RecipeArgument,
     plugins: PluginOption = [],  # noqa: B006
