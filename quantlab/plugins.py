@@ -165,6 +165,10 @@ class Registry:
             message = f'{kind} "{choice.name}", option "{option}": {first["msg"]}'
             raise RecipeError(message, got=first["input"]) from error
 
+    def entry_of(self, cls: type) -> Entry | None:
+        """The entry of a class; None for one that no plugin gives."""
+        return next((entry for kind in Kind for entry in self.entries(kind).values() if entry.value is cls), None)
+
     def create(self, kind: Kind, choice: Choice) -> Any:
         """The chosen class, built with its checked options; raises as ``config`` does."""
         return self.find(kind, choice.name).value(self.config(kind, choice))
