@@ -243,6 +243,7 @@ def _register(manager: pluggy.PluginManager, plugin: object, origin: str) -> Non
     """Register a plugin and check its hooks; a plugin that is there already, from a second package, is left alone."""
     if manager.is_registered(plugin):
         return
+    check_api(plugin, origin)
     try:
         manager.register(plugin, name=origin)
         manager.check_pending()
@@ -250,6 +251,7 @@ def _register(manager: pluggy.PluginManager, plugin: object, origin: str) -> Non
         if manager.is_registered(plugin):
             manager.unregister(plugin)
         known = [name for name in vars(hookspecs) if name.startswith("quantlab_")]
+        known.append(hookspecs.API_ATTRIBUTE)
         mistyped = [name for name in vars(plugin) if name.startswith("quantlab_") and name not in known]
         hint = nearest(mistyped[0], known) if mistyped else None
         raise PluginError(f"a hook is wrong: {error}", where=origin, next_step=hint) from error
@@ -259,6 +261,36 @@ def _register(manager: pluggy.PluginManager, plugin: object, origin: str) -> Non
         raise PluginError(
             "the plugin implements no hook", where=origin, next_step="mark its functions with @quantlab.hookimpl"
         )
+
+
+def check_api(
+    plugin: object,
+    origin: str,
+    current: int = hookspecs.API_VERSION,
+    changes: Mapping[int, str] = hookspecs.API_CHANGES,
+) -> None:
+    """Raise PluginError for a plugin that was written for another version of the hooks; it says what has changed."""
+    stated = getattr(plugin, hookspecs.API_ATTRIBUTE, 1)
+    if stated == current and isinstance(stated, int):
+        return
+    told = f"{hookspecs.API_ATTRIBUTE} = {stated!r}"
+    if not isinstance(stated, int) or stated < 1:
+        what = "a plugin states the version of the hooks it was written for as a whole number"
+        raise PluginError(what, where=origin, got=told, next_step=f"write {hookspecs.API_ATTRIBUTE} = {current}")
+    if stated > current:
+        raise PluginError(
+            "the plugin was written for a newer quantlab",
+            where=origin,
+            got=told,
+            allowed=f"up to {current}",
+            next_step="pip install --upgrade quantlab",
+        )
+    raise PluginError(
+        "the plugin was written for an older quantlab",
+        where=origin,
+        got=f"{told}, and the hooks are at {current}",
+        next_step="; ".join(f"{version}: {changes[version]}" for version in range(stated + 1, current + 1)),
+    )
 
 
 def _load_folder(path: Path) -> ModuleType:
