@@ -16,17 +16,24 @@ if TYPE_CHECKING:
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, Resource, SiteData
     from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
     from quantlab.contracts.config import Strict
-    from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep
+    from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep, FittedCorrection
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task, TrainingBatch
+    from quantlab.contracts.model import (
+        CalibrationBatch,
+        CalibrationSet,
+        GenerativeTask,
+        Reference,
+        Task,
+        TrainingBatch,
+    )
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
     from quantlab.contracts.sampler import CalibrationPairs, CalibrationSampler, SamplerProblem
     from quantlab.contracts.schedule import LossConfig, Schedule
     from quantlab.contracts.scores import Operand, OutputFamily, Score, ScoreRequest
-    from quantlab.contracts.sections import Budget, Tune
+    from quantlab.contracts.sections import Budget, Model, Sampling, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import (
         OUTPUT,
@@ -75,17 +82,17 @@ _NAMES = {
     "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS Resource SiteData",
     "contracts.block": "Block Grouping Partition TEMPORAL",
     "contracts.config": "Strict",
-    "contracts.correction": "Correction CorrectionData CorrectionStep",
+    "contracts.correction": "Correction CorrectionData CorrectionStep FittedCorrection",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
-    "contracts.model": "CalibrationBatch CalibrationSet Task TrainingBatch",
+    "contracts.model": "CalibrationBatch CalibrationSet GenerativeTask Reference Task TrainingBatch",
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
     "contracts.sampler": "CalibrationPairs CalibrationSampler SamplerProblem",
     "contracts.schedule": "LossConfig Schedule",
     "contracts.scores": "Operand OutputFamily Score ScoreRequest",
-    "contracts.sections": "Budget Tune",
+    "contracts.sections": "Budget Model Sampling Tune",
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
@@ -135,6 +142,8 @@ __all__ = [
     "Correction",
     "CorrectionData",
     "CorrectionStep",
+    "FittedCorrection",
+    "GenerativeTask",
     "Grouping",
     "ImageMetric",
     "LoadedRecipe",
@@ -142,6 +151,7 @@ __all__ = [
     "Loss",
     "LossConfig",
     "Method",
+    "Model",
     "ModelError",
     "NonFiniteError",
     "Observer",
@@ -160,12 +170,14 @@ __all__ = [
     "QuantlabError",
     "Recipe",
     "RecipeError",
+    "Reference",
     "Registry",
     "Resource",
     "RunOptions",
     "RunResult",
     "SampleSet",
     "SamplerProblem",
+    "Sampling",
     "Schedule",
     "Score",
     "ScoreRequest",

@@ -52,7 +52,7 @@ class Kind(StrEnum):
         return {Kind.PASS: "passes", Kind.POLICY: "policies", Kind.LOSS: "losses"}.get(self, f"{self}s")
 
 
-_HOOKS: Mapping[Kind, str] = {
+HOOKS: Mapping[Kind, str] = {
     Kind.METHOD: "quantlab_methods",
     Kind.MODEL: "quantlab_models",
     Kind.PASS: "quantlab_passes",
@@ -64,6 +64,7 @@ _HOOKS: Mapping[Kind, str] = {
     Kind.CORRECTION: "quantlab_corrections",
     Kind.METRIC: "quantlab_metrics",
 }
+"""The hook of each kind."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Registry:
 
     def _collect(self, kind: Kind) -> Iterable[tuple[str, Any]]:
         """What each plugin returns for a kind; one that fails, or returns something else, is set aside."""
-        hook = _HOOKS[kind]
+        hook = HOOKS[kind]
         for plugin, origin in _plugins(self.manager):
             try:
                 values = [value for returned in _call(self.manager, plugin, hook) for value in returned]

@@ -191,8 +191,12 @@ def _read(path: Path) -> tuple[Node, str]:
     node, text = read_yaml(path)
     version, found = node.reach(("version",))
     if found and (version.value != SCHEMA_VERSION or type(version.value) is not int):
+        older = type(version.value) is int and 0 < version.value < SCHEMA_VERSION
         raise RecipeError(
-            f"this quantlab reads recipes of version {SCHEMA_VERSION}", where=version.origin, got=repr(version.plain)
+            f"this quantlab reads recipes of version {SCHEMA_VERSION}",
+            where=version.origin,
+            got=repr(version.plain),
+            next_step=f"quantlab migrate {path}" if older else None,
         )
     if node.reach(("matrices",))[1]:
         raise RecipeError(
