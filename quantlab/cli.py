@@ -17,6 +17,7 @@ from quantlab.report.compare import Better
 from quantlab.report.formats import TableFormat
 
 if TYPE_CHECKING:
+    from quantlab.plugins import Registry
     from quantlab.recipe.load import LoadedRecipe
     from quantlab.run import RunResult
 
@@ -205,12 +206,26 @@ def validate(
 ) -> None:
     """Check keys, types, values, names and options of recipes and benches; site patterns need --dry-run."""
     with told(verbose):
-        from quantlab.bench.validate import validate as check_file
         from quantlab.plugins import load_registry
 
         registry = load_registry(plugins)
         for recipe in recipes:
-            print(check_file(recipe, registry, overrides, profile))
+            print(_validated(recipe, overrides, registry, profile))
+
+
+def _validated(name: str, overrides: list[str], registry: Registry, profile: str | None) -> str:
+    from quantlab.recipe.find import find_recipe
+    from quantlab.recipe.load import is_bench, load_recipe
+
+    path = find_recipe(name)
+    if not is_bench(path):
+        loaded = load_recipe(name, overrides, registry, profile)
+        return f"{loaded.path}: valid; method {loaded.recipe.method}, {len(loaded.recipe.baselines)} baselines"
+    if overrides or profile:
+        raise RecipeError("a bench sets its values itself", where=str(path), got="--set or --profile")
+    from quantlab.bench import cells
+
+    return f"{path}: valid; a bench of {len(cells(path, registry))} cells"
 
 
 @app.command()

@@ -119,6 +119,11 @@ def load_recipe(
     return resolve_recipe(read_recipe(path_or_name, profile), overrides, registry or load_registry())
 
 
+def is_bench(path: Path) -> bool:
+    """Whether a file is a bench rather than a recipe; raises RecipeError for one that cannot be read."""
+    return read_yaml(path)[0].reach(("matrices",))[1]
+
+
 def read_recipe(path_or_name: str | Path, profile: str | None = None) -> RecipeFile:
     """Read a recipe and all that it extends; raises RecipeError for what can be seen before overrides are known."""
     path = find_recipe(path_or_name)

@@ -137,9 +137,11 @@ def _allocate(subject: Subject, policy: BitPolicy, problem: AllocationProblem) -
 
     def allocate() -> BitMap | None:
         try:
-            return policy.allocate(problem)
+            found = policy.allocate(problem)
         except RecipeError:
             return None
+        subject.require(isinstance(found, BitMap), "a policy must return a quantlab.BitMap", found)
+        return found
 
     return subject.pure(allocate, "`allocate(problem)` returns bits, or refuses with a RecipeError")
 

@@ -149,8 +149,9 @@ def passes_gradients_straight_through(subject: Subject) -> None:
         if quantizer is None:
             return
         x = (2 * use.x).requires_grad_()
-        (gradient,) = torch.autograd.grad(_forward(subject, quantizer, x).sum(), x)
+        value = _forward(subject, quantizer, x)
         contract = "the gradient with respect to x is finite and not 0 everywhere"
+        (gradient,) = subject.call(lambda: torch.autograd.grad(value.sum(), x), contract)
         subject.require(bool(torch.isfinite(gradient).all() and gradient.any()), contract, gradient)
         parameters = quantizer.qparams()
         if parameters is None:
@@ -194,11 +195,15 @@ def keeps_nothing_between_lives(subject: Subject) -> None:
         if alone is None or other is None or second is None:
             continue
         expected = _forward(subject, alone, use.x)
-        for quantizer, x in ((other, use.x), (second, 3 * use.x)):
-            quantizer.observe(x)
-        for quantizer in (second, other):
-            quantizer.freeze()
+
+        def at_once(one: Quantizer = other, two: Quantizer = second, x: Tensor = use.x) -> None:
+            one.observe(x)
+            two.observe(3 * x)
+            two.freeze()
+            one.freeze()
+
         contract = "two quantizers at once do not disturb each other: nothing is shared between objects"
+        subject.call(at_once, contract)
         subject.require(same(_forward(subject, other, use.x), expected), contract, "other values")
         second.observe(use.x)
         second.freeze()
