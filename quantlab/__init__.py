@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy, FLOAT_BITS, Resource, SiteData
     from quantlab.contracts.block import Block, Grouping, Partition, TEMPORAL
     from quantlab.contracts.config import Strict
-    from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep
+    from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep, FittedCorrection
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, ClassificationTask, Evidence, GenerativeTask, LabelledBatch, Task, TrainingBatch
+    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, ClassificationTask, Evidence, GenerativeTask, LabelledBatch, Reference, Task, TrainingBatch
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
     from quantlab.contracts.sampler import CalibrationPairs, CalibrationSampler, SamplerProblem
     from quantlab.contracts.schedule import LossConfig, Schedule
     from quantlab.contracts.scores import Operand, OutputFamily, Score, ScoreRequest
-    from quantlab.contracts.sections import Budget, Tune
+    from quantlab.contracts.sections import Budget, Model, Sampling, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import AdapterSpec, AdapterStart, Checkpoint, ConvAdapter, Loss, OUTPUT, StepContext, TuneJob, TuneResult, Tuner
     from quantlab.errors import ArtefactError, CaptureError, ModelError, NonFiniteError, PackError, PluginError, QuantlabError, RecipeError
@@ -59,18 +59,18 @@ _NAMES = {
     "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS Resource SiteData",
     "contracts.block": "Block Grouping Partition TEMPORAL",
     "contracts.config": "Strict",
-    "contracts.correction": "Correction CorrectionData CorrectionStep",
+    "contracts.correction": "Correction CorrectionData CorrectionStep FittedCorrection",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
-    "contracts.model": "CalibrationBatch CalibrationSet ClassificationTask Evidence GenerativeTask LabelledBatch Task "
-    "TrainingBatch",
+    "contracts.model": "CalibrationBatch CalibrationSet ClassificationTask Evidence GenerativeTask LabelledBatch "
+    "Reference Task TrainingBatch",
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
     "contracts.sampler": "CalibrationPairs CalibrationSampler SamplerProblem",
     "contracts.schedule": "LossConfig Schedule",
     "contracts.scores": "Operand OutputFamily Score ScoreRequest",
-    "contracts.sections": "Budget Tune",
+    "contracts.sections": "Budget Model Sampling Tune",
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
@@ -128,6 +128,7 @@ __all__ = [
     "Evidence",
     "ExecutionQuality",
     "FLOAT_BITS",
+    "FittedCorrection",
     "GenerativeTask",
     "Grouping",
     "ImageMetric",
@@ -138,6 +139,7 @@ __all__ = [
     "Loss",
     "LossConfig",
     "Method",
+    "Model",
     "ModelError",
     "NonFiniteError",
     "OUTPUT",
@@ -159,12 +161,14 @@ __all__ = [
     "QuantlabError",
     "Recipe",
     "RecipeError",
+    "Reference",
     "Registry",
     "Resource",
     "RunOptions",
     "RunResult",
     "SampleSet",
     "SamplerProblem",
+    "Sampling",
     "Schedule",
     "Score",
     "ScoreRequest",

@@ -17,6 +17,7 @@ from quantlab.report.compare import Better
 from quantlab.report.formats import TableFormat
 
 if TYPE_CHECKING:
+    from quantlab.plugins import Registry
     from quantlab.recipe.load import LoadedRecipe
     from quantlab.run import RunResult
 
@@ -30,8 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+new_app = typer.Typer(help="Write a new package.", no_args_is_help=True)
 runs_app = typer.Typer(help="List run folders, and clean what was stored.", invoke_without_command=True)
 zoo_app = typer.Typer(help="The models that ship.", no_args_is_help=True)
+app.add_typer(new_app, name="new")
 app.add_typer(runs_app, name="runs")
 app.add_typer(zoo_app, name="zoo")
 
@@ -195,16 +198,105 @@ def _described(kind: str, name: str, plugins: list[Path]) -> str:
 
 @app.command()
 def validate(
-    recipe: RecipeArgument,
+    recipes: Annotated[list[str], typer.Argument(metavar="FILE...", help="recipes and benches, as files or by name")],
     overrides: SetOption = [],  # noqa: B006
     profile: ProfileOption = None,
     plugins: PluginOption = [],  # noqa: B006
     verbose: VerboseOption = False,
 ) -> None:
-    """Check keys, types, values, names and options of a recipe and its baselines; site patterns need --dry-run."""
+    """Check keys, types, values, names and options of recipes and benches; site patterns need --dry-run."""
     with told(verbose):
-        loaded = _load(recipe, overrides, plugins, profile)
-        print(f"{loaded.path}: valid; method {loaded.recipe.method}, {len(loaded.recipe.baselines)} baselines")
+        from quantlab.plugins import load_registry
+
+        registry = load_registry(plugins)
+        for recipe in recipes:
+            print(_validated(recipe, overrides, registry, profile))
+
+
+def _validated(name: str, overrides: list[str], registry: Registry, profile: str | None) -> str:
+    from quantlab.recipe.find import find_recipe
+    from quantlab.recipe.load import is_bench, load_recipe
+
+    path = find_recipe(name)
+    if not is_bench(path):
+        loaded = load_recipe(name, overrides, registry, profile)
+        return f"{loaded.path}: valid; method {loaded.recipe.method}, {len(loaded.recipe.baselines)} baselines"
+    if overrides or profile:
+        raise RecipeError("a bench sets its values itself", where=str(path), got="--set or --profile")
+    from quantlab.bench import cells
+
+    return f"{path}: valid; a bench of {len(cells(path, registry))} cells"
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", help="a file; standard output without it")] = None,
+    plugins: PluginOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
+) -> None:
+    """Write the JSON schema of recipes, with the options of the plugins that are installed, for editors."""
+    with told(verbose):
+        from quantlab.plugins import load_registry
+        from quantlab.recipe.json_schema import recipe_schema
+        from quantlab.recipe.starter import write_schema
+        from quantlab.store import json_text
+
+        registry = load_registry(plugins)
+        print(write_schema(output, registry) if output else json_text(recipe_schema(registry)))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="the recipe to write")] = Path("recipe.yaml"),
+    plugins: PluginOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a recipe to begin with, and the schema that an editor checks it with."""
+    with told(verbose):
+        from quantlab.plugins import load_registry
+        from quantlab.recipe.starter import write_starter
+
+        written = write_starter(path, load_registry(plugins))
+        print(f"{written}\nnext: quantlab run {written} --profile smoke")
+
+
+@app.command()
+def migrate(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="a recipe of an older version")],
+    write: Annotated[bool, typer.Option("--write", help="replace the file; print without it")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Bring a recipe of an older version forward; comments but the first are lost."""
+    with told(verbose):
+        from quantlab.recipe.migrate import migrated
+        from quantlab.store import atomic_write_text
+
+        text = migrated(path)
+        if text is not None and write:
+            atomic_write_text(path, text)
+        print(f"{path}: is of the current version, nothing to do" if text is None else path if write else text)
+
+
+@new_app.callback()
+def new() -> None:
+    """Write a new package."""
+
+
+@new_app.command("plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="what recipes will call it, such as weight-range")],
+    kind: Annotated[str, typer.Option("--kind", help="policy, quantizer, loss, ...: quantlab list --help")],
+    output: Annotated[Path, typer.Option("--output", help="the folder that gets quantlab-NAME")] = Path(),
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a small package with one working plugin, its tests and an example recipe."""
+    with told(verbose):
+        from quantlab.plugins import load_registry
+        from quantlab.recipe.catalogue import kind_of
+        from quantlab.scaffold import new_plugin as write_plugin
+
+        folder = write_plugin(name, kind_of(kind), output, load_registry())
+        print(f"{folder}\nnext: cd {folder} && pip install -e . && pytest")
 
 
 @runs_app.callback()

@@ -16,6 +16,7 @@ from quantlab.errors import RecipeError
 from quantlab.evaluation.features import feature_identity
 from quantlab.plugins import Kind, Registry
 from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
+from quantlab.recipe.blame import attributed
 from quantlab.recipe.choices import chosen, essence
 from quantlab.recipe.load import LoadedRecipe, for_method
 from quantlab.recipe.schema import Recipe
@@ -67,7 +68,16 @@ class RunResult:
 
 
 def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
-    """Run the recipe's method and its baselines, and measure them beside full precision."""
+    """Run the recipe's method and its baselines, and measure them beside full precision.
+
+    Raises:
+        PluginError: a plugin failed or returned the wrong thing; it names the package and the recipe's line.
+    """
+    with attributed(loaded):
+        return _run(loaded, options)
+
+
+def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     recipe, console = loaded.recipe, options.console
     task = load_task(loaded, options.device, options.dtype)
     kind = evaluation_of(task)

@@ -28,12 +28,13 @@ from quantlab.allocation.student import (
 from quantlab.calibration.collect import collect_inputs, collect_operands, watch_inputs
 from quantlab.calibration.stats import SiteRecord, TensorSiteData
 from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy, Resource
+from quantlab.contracts.check import check_bit_map, check_quantized, check_scales, plugin_call
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.passes import SmoothingPass
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.scores import ScoreRequest
 from quantlab.contracts.sections import InputsFrom
-from quantlab.errors import PluginError, QuantlabError
+from quantlab.errors import QuantlabError
 from quantlab.graph.passes.smooth import smooth
 
 
@@ -119,12 +120,10 @@ def _smoothed(student: Student, method: AssignMethod, entry: SitePlan, inputs: t
     if not entry.budgeted:
         return record
     for smoothing in method.smoothing:
-        scales = smoothing.scales(record.weight_absmax(), record.input_absmax())
-        if not (torch.isfinite(scales).all() and (scales > 0).all()):
-            raise PluginError(
-                "smoothing scales must be positive and finite",
-                where=f'pass "{smoothing.name}", site {entry.site.name}',
-            )
+        weight_absmax, input_absmax = record.weight_absmax(), record.input_absmax()
+        with plugin_call("pass", smoothing, "scales", entry.site.name):
+            scales = smoothing.scales(weight_absmax, input_absmax)
+        check_scales(smoothing, scales, len(input_absmax), entry.site.name)
         before = record.smoothing
         record = replace(record, smoothing=scales if before is None else before * scales)
     if record.smoothing is not None:
@@ -169,24 +168,24 @@ class _Assigner:
         data = TensorSiteData(records, self.scores)
         for policy in self.method.policies:
             problem = AllocationProblem(sites, data, self.student.plan.budget, bit_map, self.rng, self.limits)
-            bit_map = policy.allocate(problem)
-            _check_policy(policy, problem, bit_map)
+            with plugin_call("policy", policy, "allocate", sites[0].name if len(sites) == 1 else ""):
+                bit_map = policy.allocate(problem)
+            check_bit_map(policy, problem, bit_map)
         return bit_map
 
     def quantize(self, entry: SitePlan, record: SiteRecord, bit_map: BitMap) -> None:
         """Install the quantizers of a site and find their scales."""
         layer = self.student.layer(entry.site.name)
         install_quantizers(layer, entry, bit_map, self.method.choices)
+        site = entry.site.name
         if layer.weight_quantizer is not None:
-            layer.weight_quantizer.observe(layer.float_weight())
-            layer.weight_quantizer.freeze()
+            find_scales(layer.weight_quantizer, [layer.float_weight()], None, site)
         if layer.input_quantizer is not None:
-            for x in record.smoothed_inputs():
-                layer.input_quantizer.observe(x, self.timestep)
-            layer.input_quantizer.freeze()
+            find_scales(layer.input_quantizer, list(record.smoothed_inputs()), self.timestep, site)
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None:
-                quantizer.choose(lambda: self.output_error(layer, record))
+                with plugin_call("quantizer", quantizer, "choose", site):
+                    quantizer.choose(lambda: self.output_error(layer, record))
 
     def output_error(self, layer: QuantizedLayer, record: SiteRecord) -> float:
         """Mean squared error of a layer's output on its calibration inputs against the float one."""
@@ -203,22 +202,25 @@ class _Assigner:
             for slot, quantizer in attention.quantizers.items():
                 x = attended[entry.site.name][slot]
                 quantizer.to(x.device)
-                cast(Quantizer, quantizer).observe(x, self.timestep)
-                cast(Quantizer, quantizer).freeze()
+                find_scales(cast(Quantizer, quantizer), [x], self.timestep, entry.site.name)
 
 
-def _check_policy(policy: BitPolicy, problem: AllocationProblem, bit_map: BitMap) -> None:
-    """A policy must return bits for every channel of every site and leave other sites alone."""
-    asked = {site.name: site for site in problem.sites}
-    for name, given in problem.given.weight_bits.items():
-        bits = bit_map.weight_bits.get(name)
-        where = f'policy "{policy.name}", site {name}'
-        if bits is None or bits.shape != given.shape:
-            raise PluginError("a policy must return bits for every output channel", where=where)
-        if name not in asked and not torch.equal(bits, given):
-            raise PluginError("a policy changed a site it was not asked about", where=where)
-        if name in asked and not ((bits >= 1) & (bits <= 8)).all():
-            raise PluginError("bits must lie in 1..8", where=where, got=sorted(set(bits.tolist())))
+def find_scales(quantizer: Quantizer, values: Sequence[Tensor], timestep: Tensor | None, site: str) -> None:
+    """Show a quantizer what passes at its place, let it decide, and check what it then returns.
+
+    Raises:
+        PluginError: it fails, or returns another shape or dtype.
+    """
+    with plugin_call("quantizer", quantizer, "observe", site):
+        for x in values:
+            quantizer.observe(x, timestep)
+    with plugin_call("quantizer", quantizer, "freeze", site):
+        quantizer.freeze()
+    # One sample tells; a weight has no timestep, and all its channels are one sample.
+    x = values[0] if timestep is None else values[0][:1]
+    with plugin_call("quantizer", quantizer, "forward", site):
+        quantized = quantizer(x, None if timestep is None else timestep[:1])
+    check_quantized(quantizer, x, quantized, site)
 
 
 def _require_all(names: Sequence[str], assigned: dict[str, BitMap]) -> None:

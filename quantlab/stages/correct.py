@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantlab.contracts.check import check_corrected, check_fitted, plugin_call
 from quantlab.contracts.correction import Correction, CorrectionData, FittedCorrection
 from quantlab.contracts.model import CalibrationSet, Progress, Run, Task
 from quantlab.errors import RecipeError
@@ -82,10 +83,15 @@ def fit_corrections(corrections: Sequence[Correction], data: CorrectionData) -> 
     """Fit each correction to predictions that those before it have corrected."""
     fitted = []
     for correction in corrections:
-        found = FittedCorrection(correction, data.timesteps.cpu(), dict(correction.fit(data)))
+        with plugin_call("correction", correction, "fit"):
+            tensors = check_fitted(correction, correction.fit(data))
+        found = FittedCorrection(correction, data.timesteps.cpu(), tensors)
         fitted.append(found)
-        steps = enumerate(data.quantized_predictions)
-        predictions = [correction.correct(found.tensors, index, prediction) for index, prediction in steps]
+        predictions = []
+        for index, prediction in enumerate(data.quantized_predictions):
+            with plugin_call("correction", correction, "correct"):
+                corrected = correction.correct(found.tensors, index, prediction)
+            predictions.append(check_corrected(correction, prediction, corrected))
         data = replace(data, quantized_predictions=torch.stack(predictions))
     return tuple(fitted)
 

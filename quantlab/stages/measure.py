@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantlab.contracts.check import check_metric, plugin_call
 from quantlab.contracts.model import Evidence, GenerativeTask, Outcome, Progress
 from quantlab.contracts.sections import Evaluate, Features
 from quantlab.errors import ModelError, NonFiniteError
@@ -135,7 +136,9 @@ def values_of(metrics: Sequence[Metric[AnySamples]], samples: AnySamples, arm: s
     """Every metric's values by name; None for infinity. Raises NonFiniteError for what is not a number."""
     values: dict[str, float | None] = {}
     for metric in metrics:
-        for name, value in metric.compute(samples).items():
+        with plugin_call("metric", metric, "compute"):
+            found = check_metric(metric, metric.compute(samples))
+        for name, value in found.items():
             if math.isnan(value):
                 raise NonFiniteError("a metric is not a number", where=f"metric {name}", got=f"{arm}, {value}")
             # Equal images have an infinite PSNR, which JSON cannot hold.

@@ -28,6 +28,7 @@ from quantlab.allocation.student import (
 from quantlab.calibration.choose import choose_pairs
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.check import check_tuned, plugin_call
 from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.sections import AS_IT_IS, Choice, Pack, Tune, Weights
@@ -208,7 +209,8 @@ def _tune_with(
     def compute(folder: Path, progress: Progress) -> None:
         checkpoint = FileCheckpoint(folder)
         job = tune_job(captured, calibrated, before, registry, settings, recipe.seed, checkpoint, progress)
-        result = tuner.tune(job)
+        with plugin_call("tuner", tuner, "tune"):
+            result = check_tuned(tuner, tuner.tune(job))
         (folder / "notes.json").write_text(json.dumps(list(result.notes)))
         (folder / "history.json").write_text(json.dumps({name: list(h) for name, h in result.history.items()}))
         save_state(student, folder / "tuned.safetensors")

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from quantlab.contracts.check import check_loss, plugin_call
 from quantlab.contracts.config import Strict
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.sections import Tune
@@ -146,7 +147,13 @@ def _losses_at(job: TuneJob, losses: Mapping[str, Loss], position: _Position, pr
     seeds = torch.randint(2**62, (steps,), generator=rng)
     draws = torch.Generator().manual_seed(int(seeds[position.step]))
     context = StepContext(timestep, position.step, steps, draws, progress)
-    values = {label: value for label, loss in losses.items() if (value := loss(student, teacher, context)) is not None}
+    values: dict[str, Tensor] = {}
+    for label, loss in losses.items():
+        with plugin_call("loss", loss, "__call__"):
+            value = loss(student, teacher, context)
+        checked = check_loss(loss, value)
+        if checked is not None:
+            values[label] = checked
     if not any(value.requires_grad for value in values.values()):
         raise QuantlabError(
             "no loss has a gradient, so nothing would be trained",
