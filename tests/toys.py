@@ -90,7 +90,8 @@ class ToyTask(Task):
     def combine(self, output: Tensor, inputs: Inputs) -> Tensor:
         return output
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+        num_samples = len(samples)
         sample = torch.randn(4, num_samples, 1, 6, 6, generator=rng)
         timestep = torch.tensor([901, 601, 301, 1])[:, None].expand(4, num_samples).contiguous()
         with torch.no_grad():
@@ -125,7 +126,7 @@ def make_toy(
     sites = find_sites(network, graph)
     plan = make_plan(sites, keep, Budget(weight_bits=weight_bits, activation_bits=activation_bits))
     rng = torch.Generator().manual_seed(1)
-    calibration = task.calibrate(lambda inputs: network(**inputs), 8, rng, lambda done, total: None)
+    calibration = task.calibrate(lambda inputs: network(**inputs), range(8), rng, lambda done, total: None)
     return Toy(task, graph, sites, plan, calibration)
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
 
 from quantlab.allocation.plan import Plan, SitePlan, make_plan
 from quantlab.allocation.student import tapped_run
+from quantlab.calibration.recording import load_recording, provenance, record
+from quantlab.calibration.tensor_file import bytes_of
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import CalibrationSet, Progress, Task
-from quantlab.contracts.sections import Calibrate, Sampling
+from quantlab.contracts.sections import Calibrate, RecordedDtype, Sampling
 from quantlab.contracts.site import Site
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.serialize import from_json, to_json
@@ -24,10 +25,11 @@ from quantlab.graph.verify import capture_verified
 from quantlab.matching import match_sites
 from quantlab.recipe.schema import Recipe
 from quantlab.stages.context import RunContext, as_json, version_of
-from quantlab.store import JSON, StageFolder, digest_of
+from quantlab.store import JSON, StageFolder, atomic_write_json, digest_of
 
 CAPTURE_VERSION = 1
 CALIBRATE_VERSION = 1
+PROVENANCE_FILE = "calibration.json"
 _SITES = TypeAdapter(tuple[Site, ...])
 
 
@@ -46,7 +48,7 @@ def fingerprint(task: Task) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(task.network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(value))
     return digest.hexdigest()[:16]
 
 
@@ -91,37 +93,46 @@ def plan(sites: Sequence[Site], recipe: Recipe, origin: Mapping[str, str]) -> Pl
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The float network's recorded trajectories."""
+    """The float network's recorded trajectories.
+
+    Attributes:
+        data: mapped into memory.
+        stage: that holds them.
+        batch: rows of the network in one forward that measures; None: all.
+    """
 
     data: CalibrationSet
     stage: StageFolder
+    batch: int | None = None
 
 
 def calibrate(
     context: RunContext, captured: Captured, sampling: Sampling, settings: Calibrate, seed: int
 ) -> Calibrated:
     """Record what the float network sees and says."""
-    key = {
+    key: dict[str, JSON] = {
         "version": CALIBRATE_VERSION,
         "capture": captured.stage.digest,
         "sampling": as_json(sampling),
         "trajectories": settings.trajectories,
         "seed": seed,
     }
+    if settings.batch is not None:
+        key["batch"] = settings.batch
+    if settings.dtype is not RecordedDtype.NETWORK:
+        key["dtype"] = settings.dtype
+    task, file = captured.task, "calibration.safetensors"
+    device = next(task.network.parameters()).device
 
     def compute(folder: Path, progress: Progress) -> None:
-        run = tapped_run(captured.task.network, captured.graph, ())
+        run = tapped_run(task.network, captured.graph, ())
         rng = torch.Generator().manual_seed(seed)
-        data = captured.task.calibrate(lambda inputs: run(inputs)[0], settings.trajectories, rng, progress)
-        tensors = {f"inputs/{name}": value.contiguous() for name, value in data.inputs.items()}
-        save_file(tensors | {"outputs": data.outputs.contiguous()}, folder / "calibration.safetensors")
+        record(task, lambda inputs: run(inputs)[0], settings, rng, progress, folder / file)
+        about = provenance(task, load_recording(folder / file, device), sampling.model_dump(mode="json"), seed)
+        atomic_write_json(folder / PROVENANCE_FILE, about)
 
     stage = context.stage("calibrate", "Record calibration data", key, compute, link="calibrate")
-    device = next(captured.task.network.parameters()).device
-    tensors = load_file(stage.file("calibration.safetensors"), device=str(device))
-    outputs = tensors.pop("outputs")
-    inputs = {name.removeprefix("inputs/"): value for name, value in tensors.items()}
-    return Calibrated(CalibrationSet(inputs, outputs), stage)
+    return Calibrated(load_recording(stage.file(file), device), stage, settings.batch)
 
 
 def plan_digest(plan: Plan) -> str:
