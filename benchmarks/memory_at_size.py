@@ -173,6 +173,9 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         "keep": [{"match": name, "bits": 8} for name in ("conv_in", "conv_out")],
         "sampling": {"steps": arguments.steps},
         "calibrate": calibrate,
+        # Ranges from extremes: an MSE search goes through rows in chunks whatever the model, and would take an hour.
+        "weights": {"observer": "min_max"},
+        "allocate": ["uniform", {"kurtosis": {"search_observer": "min_max"}}],
     }
     root = node_of(registry.method("mpq-dm").fragment, "method mpq-dm")
     root = merge(root, node_of(own, "memory_at_size.py"))
