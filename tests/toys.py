@@ -72,6 +72,37 @@ class Skipping(ToyDenoiser):
         return self.conv_out(self.blocks[1](x, embedding) + self.join(joined))
 
 
+class SelfAttention(nn.Module):
+    """Two heads over the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        rows = x.flatten(2).transpose(1, 2)
+        query, key, value = (
+            part.view(batch, height * width, 2, channels // 2).transpose(1, 2) for part in self.qkv(rows).chunk(3, -1)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=0.7)
+        mixed = self.out(mixed.transpose(1, 2).reshape(batch, height * width, channels))
+        return x + mixed.transpose(1, 2).view(batch, channels, height, width)
+
+
+class Attending(ToyDenoiser):
+    """An attention between the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = SelfAttention()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        embedding = F.silu(self.time(timestep.float()[:, None] / 1000))
+        x = self.attend(self.blocks[0](self.conv_in(sample), embedding))
+        return self.conv_out(self.blocks[1](x, embedding))
+
+
 @dataclass
 class ToyTask(Task):
     """Calibrates on noise at four timesteps."""
