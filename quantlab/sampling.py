@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlab.contracts.correction import CorrectionStep, FittedCorrection
+from quantlab.contracts.model import CalibrationSet
 from quantlab.contracts.sections import Sampling
 from quantlab.errors import ModelError
 from quantlab.torchvision_shim import ensure_torchvision_imports
@@ -106,6 +107,19 @@ class Sampler(ABC):
                 observe(SampleStep(index, step_inputs, prediction))
             x = self.step(index, prediction, x, rng, corrections)
         return x
+
+
+def recorded(steps: Sequence[SampleStep]) -> CalibrationSet:
+    """What an observer saw of a whole loop.
+
+    A condition is the very same tensor at every step; it is expanded over them, not copied for each.
+    """
+    inputs: dict[str, Tensor] = {}
+    for name, first in steps[0].inputs.items():
+        values = [step.inputs[name] for step in steps]
+        constant = all(value is first for value in values)
+        inputs[name] = first.expand(len(values), *first.shape) if constant else torch.stack(values)
+    return CalibrationSet(inputs, torch.stack([step.prediction for step in steps]))
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ class ToyClassifierTask(ClassificationTask):
     def combine(self, output: Tensor, inputs: Inputs) -> Tensor:
         return output
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
-        images = torch.randn(num_samples, 1, 6, 6, generator=rng)
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+        images = torch.randn(len(samples), 1, 6, 6, generator=rng)
         return CalibrationSet({"input": images[None]}, run({"input": images})[None])
 
     def num_labelled(self) -> int:

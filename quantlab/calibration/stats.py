@@ -122,13 +122,17 @@ class TensorSiteData(SiteData):
     Args:
         records: the sites' tensors.
         scores: what was computed for the policies beforehand.
+        one_site: keep outputs, quantized inputs and Gram matrices of the last site alone, for records made on demand.
     """
 
     def __init__(
         self,
         records: Mapping[str, SiteRecord],
         scores: Mapping[ScoreRequest, Mapping[str, Tensor]] | None = None,
+        *,
+        one_site: bool = False,
     ) -> None:
+        self._one_site, self._last = one_site, ""
         self._records = records
         self._scores = scores or {}
         self._moments: dict[str, Tensor] = {}
@@ -157,6 +161,7 @@ class TensorSiteData(SiteData):
 
     def input_gram(self, site: str) -> Tensor:
         """E[x x^T] of what the weights multiply, float64 [groups, n, n]."""
+        self._visit(site)
         if site not in self._grams:
             self._grams[site] = _mean_of(
                 self._records[site], lambda rows: torch.einsum("rgi,rgj->gij", rows, rows).double()
@@ -213,7 +218,15 @@ class TensorSiteData(SiteData):
         )
         return cast(Tensor, sum(squared))
 
+    def _visit(self, site: str) -> None:
+        """Drop the large tensors of other sites, where only one site's are kept."""
+        if self._one_site and site != self._last:
+            for kept in (self._grams, self._outputs, self._quantized_inputs):
+                kept.clear()
+        self._last = site
+
     def _float_outputs(self, site: str) -> list[Tensor]:
+        self._visit(site)
         if site not in self._outputs:
             record = self._records[site]
             self._outputs[site] = [record.compute(x, record.weight) for x in record.inputs]
@@ -240,6 +253,7 @@ class TensorSiteData(SiteData):
         return self._scales[key]
 
     def _inputs_at(self, site: str, width: int) -> list[Tensor]:
+        self._visit(site)
         key = (site, width)
         if key not in self._quantized_inputs:
             inputs = list(self.inputs(site))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quantlab.contracts.correction import FittedCorrection
+    from quantlab.store import JSON
 
 Inputs = Mapping[str, "Tensor"]
 """Keyword tensors of a network's forward; dimension 0 is the batch."""
@@ -30,13 +31,19 @@ class CalibrationSet:
 
     A classifier, or a module with batches of its own, has S = 1.
 
+    The tensors may lie in a file that is mapped into memory: a step is read when it is asked for.
+
     Attributes:
         inputs: each keyword tensor [S, N, ...], as ``Task.predict`` takes them at a step.
         outputs: the float prediction [S, N, ...], guidance included.
+        dtypes: what tensors become when they are read, by the name of the input; "" is the prediction.
+        device: where they go when they are read; None: they stay where they are.
     """
 
     inputs: Inputs
     outputs: Tensor
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict[str, "torch.dtype"])
+    device: torch.device | None = None
 
     @property
     def num_steps(self) -> int:
@@ -50,7 +57,14 @@ class CalibrationSet:
 
     def step(self, index: int, samples: Tensor | slice) -> dict[str, Tensor]:
         """The inputs of one step for some of the samples."""
-        return {name: value[index, samples] for name, value in self.inputs.items()}
+        return {name: self._read(name, value[index, samples]) for name, value in self.inputs.items()}
+
+    def output(self, index: int, samples: Tensor | slice) -> Tensor:
+        """The float prediction of one step for some of the samples."""
+        return self._read("", self.outputs[index, samples])
+
+    def _read(self, name: str, value: Tensor) -> Tensor:
+        return value.to(self.device or value.device, self.dtypes.get(name, value.dtype))
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,8 @@ class Task(ABC):
     timestep_input: str | None
     static: Mapping[str, object]
     conditions_digest: str = ""
+    available_samples: int | None = None
+    """How many samples there are to record; None: as many as are asked for."""
 
     @abstractmethod
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
@@ -108,8 +124,21 @@ class Task(ABC):
         """The prediction from the network's output on ``network_inputs(inputs)``."""
 
     @abstractmethod
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
-        """Record what the float network sees and says: along its sampling trajectory for a denoiser."""
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+        """Record what the float network sees and says: along its sampling trajectory for a denoiser.
+
+        A large recording is made part by part, each part a call.
+
+        Args:
+            run: the float network.
+            samples: which of all samples to record: labels, prompts or images are those of these indices.
+            rng: noise is drawn from it, that of a part after that of the parts before.
+            progress: of this part.
+        """
+
+    def calibration_source(self, num_samples: int) -> Mapping[str, JSON]:
+        """Where the first ``num_samples`` samples come from, for the record: the hash of a file of prompts, say."""
+        return {}
 
     def calibration_digest(self) -> str | None:
         """Hash of the data that ``calibrate`` draws from; None where they follow from weights, sampler and seed."""

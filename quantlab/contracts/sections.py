@@ -111,8 +111,17 @@ class Sampling(Strict):
     guidance: float = Field(default=1.0, ge=0, description="1 is no classifier-free guidance")
 
 
+class RecordedDtype(StrEnum):
+    """What recorded floats are on disk."""
+
+    NETWORK = "network"
+    """As the network computes them."""
+    FLOAT16 = "float16"
+    """Half precision; they are the network's dtype again when they are read."""
+
+
 class Calibrate(Strict):
-    """What the float model is recorded on."""
+    """What the float model is recorded on, and how much of it is in memory at once."""
 
     trajectories: int = Field(default=256, ge=1, description="float sampling trajectories recorded")
     samples: int = Field(
@@ -121,6 +130,12 @@ class Calibrate(Strict):
     sampler: Choice | None = Field(
         default=None, description="chooses as many inputs another way; none: the first trajectories at every step"
     )
+    batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows in one forward that records or measures, what sites see kept on disk; none: all, in memory",
+    )
+    dtype: RecordedDtype = Field(default=RecordedDtype.NETWORK, description="of recorded floats on disk")
 
 
 class Weights(Strict):

@@ -26,8 +26,8 @@ from quantlab.contracts.model import (
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import RecipeError, nearest
 from quantlab.models.classifier import ClassifierTask, TensorImages
-from quantlab.sampling import SampleStep, Schedule
-from quantlab.store import digest_of, digest_of_file
+from quantlab.sampling import SampleStep, Schedule, recorded
+from quantlab.store import JSON, digest_of, digest_of_file
 from quantlab.zoo.denoiser import Noised, add_noise, noise_schedule
 from quantlab.zoo.description import TRAIN_TIMESTEPS, DenoiserModel, Draw
 from quantlab.zoo.models import DENOISERS, VISION, load_denoiser, load_judge, load_vision, weights_path
@@ -155,9 +155,9 @@ class BuiltinTask(GenerativeTask):
         """The noise prediction, guidance included."""
         return self.combine(run(self.network_inputs(inputs)), inputs)
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Trajectories from noise to image, classes in turn."""
-        noise = torch.randn(num_samples, *self.data.image_shape, generator=rng).to(self.device, self.dtype)
+        noise = torch.randn(len(samples), *self.data.image_shape, generator=rng).to(self.device, self.dtype)
         steps: list[SampleStep] = []
 
         def keep(step: SampleStep) -> None:
@@ -165,10 +165,13 @@ class BuiltinTask(GenerativeTask):
             progress(step.index + 1, self.schedule.settings.steps)
 
         with torch.no_grad():
-            conditions = {"class_labels": self.labels(num_samples)}
+            conditions = {"class_labels": self.labels(samples.stop)[samples.start :]}
             self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng, keep)
-        inputs = {name: torch.stack([step.inputs[name] for step in steps]) for name in steps[0].inputs}
-        return CalibrationSet(inputs, torch.stack([step.prediction for step in steps]))
+        return recorded(steps)
+
+    def calibration_source(self, num_samples: int) -> Mapping[str, JSON]:
+        """The classes, in turn."""
+        return {"model": self.name, "classes_in_turn": min(num_samples, self.data.num_classes)}
 
     @cached_property
     def _draw(self) -> Draw:

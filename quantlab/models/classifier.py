@@ -102,28 +102,30 @@ class ClassifierTask(ClassificationTask):
         """The logits as they are."""
         return output
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Calibration images, drawn without replacement, and the float logits, as one step.
 
         Raises:
             ModelError: there are fewer images.
         """
         source = _required(self.calibration)
-        if num_samples > len(source):
+        if samples.stop > len(source):
             raise ModelError(
                 "there are fewer images than calibration asks for",
                 where="calibrate.trajectories",
-                got=num_samples,
+                got=samples.stop,
                 allowed=f"1 to {len(source)}",
             )
-        pick = _drawn(len(source), num_samples, rng)
+        # From the generator's seed, not its state, which moves on: all parts must draw from one order.
+        own = torch.Generator().manual_seed(rng.initial_seed())
+        pick = torch.randperm(len(source), generator=own)[samples.start : samples.stop].sort().values.tolist()
         images, logits = [], []
         with torch.no_grad():
-            for start in range(0, num_samples, AT_ONCE):
+            for start in range(0, len(samples), AT_ONCE):
                 batch = self._batch(source, pick[start : start + AT_ONCE])
                 images.append(batch.inputs[self._input])
                 logits.append(run(batch.inputs))
-                progress(min(start + AT_ONCE, num_samples), num_samples)
+                progress(min(start + AT_ONCE, len(samples)), len(samples))
         return CalibrationSet({self._input: torch.cat(images)[None]}, torch.cat(logits)[None])
 
     def calibration_digest(self) -> str:

@@ -176,19 +176,19 @@ class DenoiserTask(GenerativeTask):
         """The prediction, guidance included."""
         return self.combine(run(self.network_inputs(inputs)), inputs)
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Trajectories from noise to image, conditions in turn; recorded are sample, timestep and the condition."""
-        noise = torch.randn(num_samples, *self.denoiser.noise_shape, generator=rng).to(self.device, self.dtype)
-        labels, steps = self.labels(num_samples), self.settings.steps
+        noise = torch.randn(len(samples), *self.denoiser.noise_shape, generator=rng).to(self.device, self.dtype)
+        labels, steps = self.labels(samples.stop)[samples.start :], self.settings.steps
         recorded: list[list[SampleStep]] = []
         with torch.no_grad():
-            for start in range(0, num_samples, self.denoiser.batch):
+            for start in range(0, len(samples), self.denoiser.batch):
                 part = slice(start, start + self.denoiser.batch)
                 seen: list[SampleStep] = []
 
                 def keep(step: SampleStep, seen: list[SampleStep] = seen, first: int = start) -> None:
                     seen.append(step)
-                    progress(first * steps + len(step.prediction) * (step.index + 1), num_samples * steps)
+                    progress(first * steps + len(step.prediction) * (step.index + 1), len(samples) * steps)
 
                 conditions = {LABEL: labels[part]}
                 self.sampler.sample(lambda inputs: self.predict(run, inputs), noise[part], conditions, rng, keep)

@@ -43,6 +43,7 @@ class RunReport:
         recipe: resolved, as YAML.
         origins: where each value of the recipe came from.
         environment: versions, machine and seed, as JSON.
+        calibration: what was recorded, with its hash, as JSON; "" when that is not known.
     """
 
     title: str
@@ -54,6 +55,7 @@ class RunReport:
     recipe: str
     origins: Mapping[str, str]
     environment: str
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def save_run_html(report: RunReport, path: Path) -> None:
         origins=report.origins,
         recipe=report.recipe,
         environment=report.environment,
+        calibration=report.calibration,
         rows=report.rows,
         **_drawings(details),
     )

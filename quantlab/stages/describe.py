@@ -24,6 +24,7 @@ from quantlab.report.html import RunReport, StageLine, save_run_html
 from quantlab.report.rows import Row, row_to_json
 from quantlab.report.tables import markdown_of
 from quantlab.stages.context import RunContext, version_of
+from quantlab.stages.prepare import PROVENANCE_FILE
 from quantlab.store import JSON
 
 PACKAGES = ("quantlab", "torch", "diffusers", "torchmetrics", "numpy", "safetensors")
@@ -149,6 +150,8 @@ def finish(
         recipe=(folder / "recipe.resolved.yaml").read_text(),
         origins=loaded.origin,
         environment=(folder / "environment.json").read_text(),
+        # A stage that an earlier quantlab stored has none.
+        calibration=recorded.read_text() if (recorded := folder / "calibrate" / PROVENANCE_FILE).is_file() else "",
     )
     save_run_html(report, folder / "report.html")
     context.folder.write_json("metrics.json", {"schema_version": 1, "rows": [row_to_json(row) for row in rows]})

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
 
 from quantlab.allocation.plan import Plan, SitePlan, make_plan
 from quantlab.allocation.student import tapped_run
+from quantlab.calibration.recording import load_recording, provenance, record
+from quantlab.calibration.tensor_file import bytes_of
 from quantlab.contracts.allocation import FLOAT_BITS
-from quantlab.contracts.model import CalibrationSet, GenerativeTask, Progress, Task
-from quantlab.contracts.sections import Calibrate, Sampling
+from quantlab.contracts.model import GenerativeTask, Progress, Task
+from quantlab.contracts.sections import Calibrate, RecordedDtype, Sampling
 from quantlab.contracts.site import Site
 from quantlab.errors import ModelError
 from quantlab.graph.capture import capture_once
@@ -27,12 +28,13 @@ from quantlab.graph.verify import capture_verified
 from quantlab.matching import match_sites
 from quantlab.recipe.schema import Recipe
 from quantlab.stages.context import RunContext, as_json, version_of
-from quantlab.store import JSON, StageFolder, digest_of
+from quantlab.store import JSON, StageFolder, atomic_write_json, digest_of
 
 CAPTURE_VERSION = 1
 CALIBRATE_VERSION = 1
 ENCODE_VERSION = 1
 CONDITIONS = "conditions.safetensors"
+PROVENANCE_FILE = "calibration.json"
 _SITES = TypeAdapter(tuple[Site, ...])
 
 
@@ -51,7 +53,7 @@ def fingerprint(task: Task) -> str:
     digest = hashlib.sha256(task.conditions_digest.encode())
     for name, value in sorted(task.network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(value))
     return digest.hexdigest()[:16]
 
 
@@ -127,10 +129,17 @@ def encode(context: RunContext, task: Task) -> None:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The float network's recorded trajectories."""
+    """The float network's recorded trajectories.
+
+    Attributes:
+        data: mapped into memory.
+        stage: that holds them.
+        batch: rows of the network in one forward that measures; None: all.
+    """
 
     data: CalibrationSet
     stage: StageFolder
+    batch: int | None = None
 
 
 def calibrate(
@@ -144,23 +153,25 @@ def calibrate(
         "trajectories": settings.trajectories,
         "seed": seed,
     }
-    data = captured.task.calibration_digest()
-    if data is not None:
-        key["data"] = data
+    if settings.batch is not None:
+        key["batch"] = settings.batch
+    if settings.dtype is not RecordedDtype.NETWORK:
+        key["dtype"] = settings.dtype
+    task, file = captured.task, "calibration.safetensors"
+    drawn_from = task.calibration_digest()
+    if drawn_from is not None:
+        key["data"] = drawn_from
+    device = next(task.network.parameters()).device
 
     def compute(folder: Path, progress: Progress) -> None:
-        run = tapped_run(captured.task.network, captured.graph, ())
+        run = tapped_run(task.network, captured.graph, ())
         rng = torch.Generator().manual_seed(seed)
-        found = captured.task.calibrate(lambda inputs: run(inputs)[0], settings.trajectories, rng, progress)
-        tensors = {f"inputs/{name}": value.contiguous() for name, value in found.inputs.items()}
-        save_file(tensors | {"outputs": found.outputs.contiguous()}, folder / "calibration.safetensors")
+        record(task, lambda inputs: run(inputs)[0], settings, rng, progress, folder / file)
+        about = provenance(task, load_recording(folder / file, device), sampling.model_dump(mode="json"), seed)
+        atomic_write_json(folder / PROVENANCE_FILE, about)
 
     stage = context.stage("calibrate", "Record calibration data", key, compute, link="calibrate")
-    device = next(captured.task.network.parameters()).device
-    tensors = load_file(stage.file("calibration.safetensors"), device=str(device))
-    outputs = tensors.pop("outputs")
-    inputs = {name.removeprefix("inputs/"): value for name, value in tensors.items()}
-    return Calibrated(CalibrationSet(inputs, outputs), stage)
+    return Calibrated(load_recording(stage.file(file), device), stage, settings.batch)
 
 
 def plan_digest(plan: Plan) -> str:

@@ -43,7 +43,7 @@ def records_calibration(subject: Subject) -> None:
         return
 
     def record(seed: int) -> Tensor:
-        data = task.calibrate(lambda inputs: _run(task, inputs), 2, rng(seed), lambda done, total: None)
+        data = task.calibrate(lambda inputs: _run(task, inputs), range(2), rng(seed), lambda done, total: None)
         sizes = {name: tuple(value.shape[:2]) for name, value in data.inputs.items()}
         expected = (data.num_steps, data.num_samples)
         contract = f"the recorded inputs have [S, N] = {list(expected)} in front, as the outputs have"
@@ -51,7 +51,7 @@ def records_calibration(subject: Subject) -> None:
         subject.require(data.num_samples == 2, "it records as many samples as it is asked for", str(data.num_samples))
         return data.outputs
 
-    contract = "`calibrate(run, num_samples, rng, progress)` records a CalibrationSet"
+    contract = "`calibrate(run, samples, rng, progress)` records a CalibrationSet"
     first, again = (subject.pure(lambda: record(1), contract) for _ in range(2))
     subject.require(same(first, again), "the same generator records the same", "other outputs")
 

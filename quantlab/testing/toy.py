@@ -91,11 +91,11 @@ class ToyTask(Task):
         """The output as it is."""
         return output
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Noise at every timestep."""
         steps = len(TIMESTEPS)
-        sample = torch.randn(steps, num_samples, 2, 4, 4, generator=rng)
-        timestep = torch.tensor(TIMESTEPS)[:, None].expand(steps, num_samples).contiguous()
+        sample = torch.randn(steps, len(samples), 2, 4, 4, generator=rng)
+        timestep = torch.tensor(TIMESTEPS)[:, None].expand(steps, len(samples)).contiguous()
         with torch.no_grad():
             outputs = torch.stack([run({"sample": sample[i], "timestep": timestep[i]}) for i in range(steps)])
         return CalibrationSet({"sample": sample, "timestep": timestep}, outputs)
@@ -131,7 +131,7 @@ def toy() -> Toy:
         network = ToyDenoiser().eval().requires_grad_(False)
     task = ToyTask(network)
     graph = capture(network, task.example_inputs(3), {})
-    calibration = task.calibrate(lambda inputs: network(**inputs), TRAJECTORIES, rng(1), silent)
+    calibration = task.calibrate(lambda inputs: network(**inputs), range(TRAJECTORIES), rng(1), silent)
     return Toy(task, graph, find_sites(network, graph), calibration)
 
 

@@ -138,7 +138,7 @@ def _losses_at(job: TuneJob, losses: Mapping[str, Loss], position: _Position, pr
     network_inputs = job.task.network_inputs(inputs)
     output, student_taps = job.student(network_inputs)
     student = {OUTPUT: job.task.combine(output, inputs), **student_taps}
-    teacher: dict[str, Tensor] = {OUTPUT: job.calibration.outputs[position.step, batch]}
+    teacher: dict[str, Tensor] = {OUTPUT: job.calibration.output(position.step, batch)}
     if student_taps:
         with torch.no_grad():
             teacher.update(job.teacher(network_inputs)[1])

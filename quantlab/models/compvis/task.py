@@ -13,7 +13,7 @@ from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Pro
 from quantlab.contracts.sections import Sampling
 from quantlab.errors import ModelError, RecipeError
 from quantlab.models.compvis.convert import LatentDiffusion
-from quantlab.sampling import SampleStep, Schedule
+from quantlab.sampling import SampleStep, Schedule, recorded
 
 CONDITION = "condition"
 """The recorded input that says which row of the contexts a sample is conditioned on."""
@@ -124,9 +124,9 @@ class CompVisTask(GenerativeTask):
         """The noise prediction, guidance included."""
         return self.combine(run(self.network_inputs(inputs)), inputs)
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Trajectories from noise to latent, conditions in turn; a condition is recorded as its number."""
-        noise = torch.randn(num_samples, *self.latent_shape, generator=rng).to(self.device, self.dtype)
+        noise = torch.randn(len(samples), *self.latent_shape, generator=rng).to(self.device, self.dtype)
         steps: list[SampleStep] = []
 
         def keep(step: SampleStep) -> None:
@@ -134,10 +134,9 @@ class CompVisTask(GenerativeTask):
             progress(step.index + 1, self.schedule.settings.steps)
 
         with torch.no_grad():
-            conditions = {CONDITION: self.labels(num_samples)}
+            conditions = {CONDITION: self.labels(samples.stop)[samples.start :]}
             self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng, keep)
-        inputs = {name: torch.stack([step.inputs[name] for step in steps]) for name in steps[0].inputs}
-        return CalibrationSet(inputs, torch.stack([step.prediction for step in steps]))
+        return recorded(steps)
 
     def draw_noise(self, count: int, seed: int) -> Tensor:
         """Normal noise [count, C, H, W]."""

@@ -47,7 +47,7 @@ def test_guidance_is_one_doubled_call(name: str) -> None:
 @pytest.mark.parametrize("name", ["digits", "digits-heavy"])
 def test_calibration_is_the_trajectory(name: str) -> None:
     task = load(name, steps=4)
-    data = task.calibrate(run_of(task), 3, torch.Generator().manual_seed(0), lambda done, total: None)
+    data = task.calibrate(run_of(task), range(3), torch.Generator().manual_seed(0), lambda done, total: None)
     assert data.outputs.shape == (4, 3, *task.data.image_shape)
     assert data.inputs["timestep"][:, 0].tolist() == [751, 501, 251, 1]
     for index in range(3):

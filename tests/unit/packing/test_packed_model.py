@@ -148,7 +148,7 @@ def test_quantized_attention(tmp_path: Path) -> None:
     sites = find_sites(network, graph)
     plan = make_plan(sites, {}, Budget(weight_bits=3, activation_bits=8), attention=Attention(bits=6))
     rng = torch.Generator().manual_seed(1)
-    calibration = task.calibrate(lambda inputs: network(**inputs), 8, rng, silent)
+    calibration = task.calibrate(lambda inputs: network(**inputs), range(8), rng, silent)
     toy = replace(make_toy(), task=task, graph=graph, sites=sites, plan=plan, calibration=calibration)
     made = Made(toy)
     assert made.student.attentions()

@@ -58,7 +58,7 @@ def test_guidance_weighs_the_class_against_none(tmp_path: Path) -> None:
 
 def test_calibration_is_the_trajectory_and_keeps_conditions_as_numbers(tmp_path: Path) -> None:
     task = load(tmp_path, "classes")
-    data = task.calibrate(run_of(task), 3, torch.Generator().manual_seed(0), lambda done, total: None)
+    data = task.calibrate(run_of(task), range(3), torch.Generator().manual_seed(0), lambda done, total: None)
     assert set(data.inputs) == {"sample", "timestep", "condition"} and data.outputs.shape == (2, 3, 3, 8, 8)
     after = task.schedule.step(0, data.outputs[0], data.inputs["sample"][0])
     torch.testing.assert_close(after, data.inputs["sample"][1])
