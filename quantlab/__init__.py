@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
+    from quantlab.notebook import Bench, Recipe
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from quantlab.quant.split import parts_of
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
-    from quantlab.recipe.schema import Recipe
     from quantlab.run import RunOptions, RunResult
     from quantlab.run import run as run_recipe
     from quantlab.tuning.checkpoint import restore_layers, restore_training, save_layers, save_training
@@ -93,6 +93,7 @@ _NAMES = {
     "evaluation.samples": "ImageMetric SampleSet",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
+    "notebook": "Bench Recipe",
     "plugins": "Registry load_registry",
     "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
@@ -101,7 +102,6 @@ _NAMES = {
     "quant.split": "parts_of",
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
-    "recipe.schema": "Recipe",
     "run": "RunOptions RunResult run_recipe=run",
     "tuning.checkpoint": "restore_layers restore_training save_layers save_training",
     "tuning.finite": "blame_non_finite require_finite_gradients",
@@ -121,6 +121,7 @@ __all__ = [
     "AdapterStart",
     "AllocationProblem",
     "ArtefactError",
+    "Bench",
     "BitMap",
     "BitPolicy",
     "Block",

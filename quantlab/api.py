@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from markupsafe import escape
 from torch import nn
 
 from quantlab.allocation.cost import student_cost
@@ -55,6 +56,9 @@ class QuantizedModule:
     bit_map: BitMap
     accounting: Accounting
     coverage: str
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.coverage)}</pre>"
 
 
 def quantize(
