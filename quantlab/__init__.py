@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from quantlab.execution import ExecutionQuality, IntegerModule, compare_execution, execute, execute_run
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
+    from quantlab.notebook import Bench, Recipe
     from quantlab.packing.backends.dispatch import SiteDispatch
     from quantlab.packing.model import PackedModel
     from quantlab.plugins import Registry, load_registry
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from quantlab.quant.split import parts_of
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
-    from quantlab.recipe.schema import Recipe
     from quantlab.run import RunOptions, RunResult, run as run_recipe
     from quantlab.tuning.checkpoint import restore_layers, restore_training, save_layers, save_training
     from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
@@ -81,6 +81,7 @@ _NAMES = {
     "execution": "ExecutionQuality IntegerModule compare_execution execute execute_run",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
+    "notebook": "Bench Recipe",
     "packing.backends.dispatch": "SiteDispatch",
     "packing.model": "PackedModel",
     "plugins": "Registry load_registry",
@@ -91,7 +92,6 @@ _NAMES = {
     "quant.split": "parts_of",
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
-    "recipe.schema": "Recipe",
     "run": "RunOptions RunResult run_recipe=run",
     "tuning.checkpoint": "restore_layers restore_training save_layers save_training",
     "tuning.finite": "blame_non_finite require_finite_gradients",
@@ -109,6 +109,7 @@ __all__ = [
     "AllocationProblem",
     "Answers",
     "ArtefactError",
+    "Bench",
     "BitMap",
     "BitPolicy",
     "Block",

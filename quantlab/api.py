@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import escape
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -63,6 +64,9 @@ class QuantizedModule:
     bit_map: BitMap
     accounting: Accounting
     coverage: str
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.coverage)}</pre>"
 
 
 def quantize(

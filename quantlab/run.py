@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from markupsafe import escape
 
 from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import Plan, mean_weight_bits
@@ -22,7 +23,7 @@ from quantlab.recipe.load import LoadedRecipe, for_method
 from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
-from quantlab.report.tables import markdown
+from quantlab.report.tables import cells, html_of, markdown
 from quantlab.stages import classify, correct, describe, evaluate, inspect, pack, prepare, quantize
 from quantlab.stages.context import RunContext
 from quantlab.stages.denoiser import require_denoiser
@@ -61,6 +62,9 @@ class RunResult:
     def table(self) -> str:
         """What is printed at the end."""
         return self.text
+
+    def _repr_html_(self) -> str:
+        return html_of(cells(self.rows)) if self.rows else f"<pre>{escape(self.text)}</pre>"
 
     def to_json(self) -> dict[str, JSON]:
         """What ``--json`` prints."""

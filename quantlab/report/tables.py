@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from markupsafe import escape
+
 from quantlab.report.rows import FULL_PRECISION, Row
 
 
@@ -86,3 +88,11 @@ def markdown_of(lines: Sequence[Sequence[str]]) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([head, rule, *body])
+
+
+def html_of(lines: Sequence[Sequence[str]]) -> str:
+    """Text cells, headings first, as an HTML table; what is special in HTML is escaped."""
+    head, *body = [[escape(cell) for cell in line] for line in lines]
+    rows = ["".join(f"<td>{cell}</td>" for cell in line) for line in body]
+    headings = "".join(f"<th>{cell}</th>" for cell in head)
+    return f"<table><tr>{headings}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
