@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 @hookimpl
 def quantlab_models() -> list[type]:
-    """The models that ship, modules in memory, and timm's networks."""
+    """The models that ship, modules in memory, timm's networks, and what an installed package makes."""
     from quantlab.models.builtin import BuiltinSource
     from quantlab.models.module import MemorySource
+    from quantlab.models.python import PythonSource
     from quantlab.models.timm import TimmSource
 
-    return [BuiltinSource, MemorySource, TimmSource]
+    return [BuiltinSource, MemorySource, TimmSource, PythonSource]
 
 
 @hookimpl

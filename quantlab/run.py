@@ -70,11 +70,11 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     """Run the recipe's method and its baselines, and measure them beside full precision."""
     recipe, console = loaded.recipe, options.console
     task = load_task(loaded, options.device, options.dtype)
-    kind = evaluation_of(task)
-    require_outcome(loaded.registry, recipe.evaluate, kind.outcome)
     require_denoiser(task, [for_method(loaded, method) for method in methods_of(recipe)], loaded.registry)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
+    kind = evaluation_of(task)
+    require_outcome(loaded.registry, recipe.evaluate, kind.outcome)
     kind.require(loaded.registry, task, recipe.evaluate)
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
     context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
@@ -105,7 +105,9 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         final = correct.correct(context, captured, calibrated, final, arm, method)
         measured = evaluation.measure(final, method)
         seconds = sum(stage.seconds for stage in final.stages)
-        rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
+        # A classifier is calibrated on images of its data, whatever the method does with them.
+        data_free = kind.outcome is Outcome.IMAGES and loaded.registry.method(method).data_free
+        rows.append(quantized_row(arm, plan, final, measured, float_model, seconds, protocol, data_free))
         images.append((method, measured.images))
     describe.finish(context, loaded, rows, images, coverage)
     text = f"{markdown(rows)}\n\nsimulated in float; speed is not measured\n{coverage}\nrun folder: {folder.path}"
@@ -237,7 +239,6 @@ def float_row(
 
 
 def quantized_row(
-    loaded: LoadedRecipe,
     arm: Recipe,
     plan: Plan,
     final: quantize.Quantized,
@@ -245,6 +246,7 @@ def quantized_row(
     float_model: FloatModel,
     seconds: float,
     protocol: Protocol,
+    data_free: bool,
 ) -> Row:
     """The row of a method."""
     cost = student_cost(final.student, final.bit_map, float_model, final.corrections)
@@ -261,7 +263,7 @@ def quantized_row(
         seconds=seconds,
         protocol=protocol.digest,
         seed=arm.seed,
-        data_free=loaded.registry.method(arm.method).data_free,
+        data_free=data_free,
         simulated=True,
         allocation=str(quantize.bit_map_to_json(final.bit_map)["digest"]),
         intervals=measured.intervals,
