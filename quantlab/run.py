@@ -84,12 +84,12 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
 def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     recipe, console = loaded.recipe, options.console
     task = load_task(loaded, options.device, options.dtype)
-    kind = evaluation_of(task)
-    require_outcome(loaded.registry, recipe.evaluate, kind.outcome)
     require_denoiser(task, [for_method(loaded, method) for method in methods_of(recipe)], loaded.registry)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
     prepare.require_weights(task)
+    kind = evaluation_of(task)
+    require_outcome(loaded.registry, recipe.evaluate, kind.outcome)
     kind.require(loaded.registry, task, recipe.evaluate)
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
     context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
@@ -122,7 +122,9 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         measured = evaluation.measure(final, method)
         pack.pack(context, task, final, arm, measured, protocol, method)
         seconds = sum(stage.seconds for stage in final.stages)
-        rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
+        # A classifier is calibrated on images of its data, whatever the method does with them.
+        data_free = kind.outcome is Outcome.IMAGES and loaded.registry.method(method).data_free
+        rows.append(quantized_row(arm, plan, final, measured, float_model, seconds, protocol, data_free))
         images.append((method, measured.images))
     describe.finish(context, loaded, rows, images, coverage)
     text = f"{markdown(rows)}\n\nsimulated in float; speed is not measured\n{coverage}\nrun folder: {folder.path}"
@@ -259,7 +261,6 @@ def float_row(
 
 
 def quantized_row(
-    loaded: LoadedRecipe,
     arm: Recipe,
     plan: Plan,
     final: quantize.Quantized,
@@ -267,6 +268,7 @@ def quantized_row(
     float_model: FloatModel,
     seconds: float,
     protocol: Protocol,
+    data_free: bool,
 ) -> Row:
     """The row of a method."""
     cost = student_cost(final.student, final.bit_map, float_model, final.corrections)
@@ -283,7 +285,7 @@ def quantized_row(
         seconds=seconds,
         protocol=protocol.digest,
         seed=arm.seed,
-        data_free=loaded.registry.method(arm.method).data_free,
+        data_free=data_free,
         simulated=True,
         allocation=str(quantize.bit_map_to_json(final.bit_map)["digest"]),
         intervals=measured.intervals,

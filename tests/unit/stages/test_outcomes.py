@@ -90,7 +90,7 @@ def test_metrics_of_the_other_outcome_are_refused(tmp_path: Path) -> None:
         run_toy(tmp_path, "classifier", "evaluate.metrics=[top-k, fid]")
     assert error.value.got == "fid" and error.value.allowed == "agreement, kl-to-float, top-k"
     with pytest.raises(RecipeError, match="gives images"):
-        run_toy(tmp_path, "denoiser", "evaluate.metrics=[top-k]", dry_run=True)
+        run_toy(tmp_path, "denoiser", "evaluate.metrics=[top-k]")
 
 
 @pytest.mark.parametrize(
