@@ -89,7 +89,8 @@ def _name(node: fx.Node) -> str:
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """The tensors that are multiplied, one given twice twice; of ``baddbmm`` what is added comes first."""
-    given = [entry for value in node.args for entry in (value if isinstance(value, tuple | list) else [value])]
+    values = (*node.args, *node.kwargs.values())
+    given = [entry for value in values for entry in (value if isinstance(value, tuple | list) else [value])]
     tensors = [entry for entry in given if isinstance(entry, fx.Node) and entry.meta.get("shape")]
     return tensors[:2] if node.target is F.linear else tensors
 
