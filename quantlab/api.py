@@ -137,7 +137,7 @@ def quantize(
 
 def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: int) -> QuantizedModule:
     captured = prepare.capture(context, task)
-    plan = prepare.plan(captured.sites, recipe, {})
+    plan = prepare.plan(captured.sites, recipe, {}, task.protect)
     quantize_stages.check_budget(plan, recipe, context.registry, FloatModel.of(task.network), recipe.method)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     rows = min(samples, calibrated.data.num_samples)
@@ -234,7 +234,7 @@ def _load_run(folder: Path, method: str | None, device: str, steps: int | None =
         task.use_encoded(load_file(encoded))
     graph = from_json((folder / "capture" / "graph.json").read_text())
     sites = find_sites(task.network, graph)
-    plan = prepare.plan(sites, recipe, loaded.origin)
+    plan = prepare.plan(sites, recipe, loaded.origin, task.protect)
     bit_map = quantize_stages.bit_map_from_json(read_json(final / "allocation.json"))  # type: ignore[arg-type]
     student = build_student(task, graph, plan)
     choices = quantize_stages.choices_of(recipe, loaded.registry)

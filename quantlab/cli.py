@@ -299,6 +299,35 @@ def new_plugin(
         print(f"{folder}\nnext: cd {folder} && pip install -e . && pytest")
 
 
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="SOURCE:NAME|RECIPE", help="diffusers:FOLDER, builtin:digits, ...")],
+    minimum: Annotated[
+        float, typer.Option("--min-coverage", min=0, max=1, help="exit with 3 when less can be quantized")
+    ] = 0.0,
+    overrides: SetOption = [],  # noqa: B006
+    plugins: PluginOption = [],  # noqa: B006
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show what a capture of a model yields: sites, coverage, what stays float and why, limits, memory."""
+    with told(verbose):
+        from quantlab.doctor import diagnose, require_coverage
+        from quantlab.plugins import load_registry
+
+        diagnosis = diagnose(model, load_registry(plugins), overrides, device)
+        print(diagnosis.to_json() if as_json else diagnosis.to_text(terminal_columns()))
+        require_coverage(diagnosis, minimum)
+
+
+def terminal_columns() -> int:
+    """Columns of the terminal; where there is none, enough for a table."""
+    import shutil
+
+    return shutil.get_terminal_size((120, 24)).columns
+
+
 @runs_app.callback()
 def runs(context: typer.Context, runs_dir: RunsOption = RUNS, verbose: VerboseOption = False) -> None:
     """List run folders: recipe, time, state, size."""

@@ -97,12 +97,12 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
 
     captured = prepare.capture(context, task)
     float_model = FloatModel.of(task.network)
-    plan = prepare.plan(captured.sites, recipe, loaded.origin)
+    plan = prepare.plan(captured.sites, recipe, loaded.origin, task.protect)
     cost = dry_cost(recipe, plan, float_model)
     folder.write_json("plan.json", describe.plan_json(plan, cost))
     coverage = describe.coverage_text(plan, cost)
     console.info(coverage)
-    check_budgets(loaded, captured.sites, float_model)
+    check_budgets(loaded, task, captured.sites, float_model)
     prepare.encode(context, task)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     evaluation = kind(context, task, captured, recipe.sampling, recipe.evaluate)
@@ -113,7 +113,7 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     images = [(FULL_PRECISION, measured.images)]
     for method in methods_of(recipe):
         arm = for_method(loaded, method)
-        plan = prepare.plan(captured.sites, arm, loaded.origin)
+        plan = prepare.plan(captured.sites, arm, loaded.origin, task.protect)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method, arm.pack)
@@ -136,11 +136,11 @@ def methods_of(recipe: Recipe) -> list[str]:
     return [*(name for name in dict.fromkeys(recipe.baselines) if name != recipe.method), recipe.method]
 
 
-def check_budgets(loaded: LoadedRecipe, sites: Sequence[Site], float_model: FloatModel) -> None:
+def check_budgets(loaded: LoadedRecipe, task: Task, sites: Sequence[Site], float_model: FloatModel) -> None:
     """Raise RecipeError for a method whose budget cannot be kept, before anything is measured."""
     for method in methods_of(loaded.recipe):
         arm = for_method(loaded, method)
-        plan = prepare.plan(sites, arm, loaded.origin)
+        plan = prepare.plan(sites, arm, loaded.origin, task.protect)
         quantize.check_budget(plan, arm, loaded.registry, float_model, method)
 
 
@@ -202,10 +202,10 @@ def dry_run(loaded: LoadedRecipe, task: Task, options: RunOptions) -> str:
     recipe = loaded.recipe
     with options.console.task("Capture the graph"):
         sites = prepare.capture_sites(task)[1]
-    plan = prepare.plan(sites, recipe, loaded.origin)
+    plan = prepare.plan(sites, recipe, loaded.origin, task.protect)
     float_model = FloatModel.of(task.network)
     cost = dry_cost(recipe, plan, float_model)
-    check_budgets(loaded, sites, float_model)
+    check_budgets(loaded, task, sites, float_model)
     return f"{describe.plan_text(plan, cost)}\n{describe.resources_text(task, recipe, float_model)}"
 
 

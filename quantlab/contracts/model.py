@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ModelError
@@ -102,12 +103,15 @@ class Task(ABC):
         static: non-tensor keywords that every call of forward gets.
         conditions_digest: hash of what its outcome depends on beside the network and the recipe, such as prompts and
             what decodes samples; "" when there is nothing of the kind.
+        protect: bits of weights and activations, by tag, of the sites that models of this family need more bits in,
+            where the recipe says nothing about it.
     """
 
     network: nn.Module
     timestep_input: str | None
     static: Mapping[str, object]
     conditions_digest: str = ""
+    protect: Mapping[str, int] = MappingProxyType({})
     available_samples: int | None = None
     """How many samples there are to record; None: as many as are asked for."""
 

@@ -86,6 +86,11 @@ class Denoiser:
     batch: int = 16
 
 
+PROTECTED_BITS = 8
+PROTECTED = ("first", "last", "time_embed", "modulation")
+"""Tags of the sites that denoisers need more bits in: their ends, and whatever carries the timestep to the others."""
+
+
 class DenoiserTask(GenerativeTask):
     """A denoiser that draws images.
 
@@ -112,6 +117,7 @@ class DenoiserTask(GenerativeTask):
         nn.Module.to(self.network, device=device, dtype=dtype)  # a network in another folder's dtype must not stay so
         self.timestep_input = denoiser.call.timestep
         self.static: Mapping[str, object] = denoiser.call.static
+        self.protect: Mapping[str, int] = dict.fromkeys(PROTECTED, PROTECTED_BITS)
 
     @cached_property
     def conditions(self) -> Conditions:

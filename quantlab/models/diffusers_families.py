@@ -186,7 +186,7 @@ def _pixart(network: nn.Module, config: Mapping[str, Any], size: _Size, null_cla
 
     def example(batch: int) -> Inputs:
         tokens = torch.arange(T5_TOKENS) < torch.arange(batch)[:, None] % T5_TOKENS + T5_TOKENS // 2
-        text = _normal(3, batch, T5_TOKENS, config["caption_channels"])
+        text = _normal(3, batch, T5_TOKENS, config["caption_channels"] or config["cross_attention_dim"])
         return {"encoder_hidden_states": text, "encoder_attention_mask": tokens.to(torch.int64)}
 
     return Family(

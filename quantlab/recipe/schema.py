@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -37,6 +37,11 @@ class Recipe(Strict):
     baselines: tuple[str, ...] = Field(default=(), description="methods that run beside it, as further rows")
     budget: Budget
     keep: tuple[Keep, ...] = ()
+    protect: dict[str, Annotated[int, Field(ge=1, le=8)]] | None = Field(
+        default=None,
+        description="bits by tag (first, last, time_embed, ...) of sites outside the budget, where no keep rule holds; "
+        "none: what the model's source says, {} for no site",
+    )
     attention: Attention | None = Field(default=None, description="bits of attention's products; none: they stay float")
     sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()

@@ -18,10 +18,11 @@ from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import GenerativeTask, Progress, Task
 from quantlab.contracts.sections import Calibrate, RecordedDtype, Sampling
 from quantlab.contracts.site import Site
-from quantlab.errors import ModelError
+from quantlab.errors import ModelError, RecipeError, nearest
 from quantlab.graph.capture import capture_once
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.inputs import nested
+from quantlab.graph.roles import TAGS
 from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
 from quantlab.graph.verify import capture_verified
@@ -107,10 +108,32 @@ def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
     return graph, find_sites(task.network, graph)
 
 
-def plan(sites: Sequence[Site], recipe: Recipe, origin: Mapping[str, str]) -> Plan:
-    """Nominal bits of every site; raises RecipeError for a pattern that matches nothing."""
+def plan(
+    sites: Sequence[Site], recipe: Recipe, origin: Mapping[str, str], protect: Mapping[str, int] | None = None
+) -> Plan:
+    """Nominal bits of every site: those of its ``keep`` rule, else of its protected tags, else of the budget.
+
+    Args:
+        sites: of the captured graph.
+        recipe: with the rules and the budget.
+        origin: dotted key of the recipe -> file and line, for messages.
+        protect: bits by tag of the model's family, where the recipe has none of its own.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or there is no such tag.
+    """
+    for tag in recipe.protect or ():
+        if tag not in TAGS:
+            raise RecipeError(
+                "no site has such a tag",
+                where=origin.get(f"protect.{tag}", "protect"),
+                got=tag,
+                allowed=", ".join(TAGS),
+                next_step=nearest(tag, TAGS),
+            )
+    bits = protected_sites(sites, (protect or {}) if recipe.protect is None else recipe.protect)
     rules = match_sites(recipe.keep, [site.name for site in sites], origin=origin)
-    bits = {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
+    bits |= {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
     return make_plan(sites, bits, recipe.budget, split_skip=recipe.split_skip, attention=recipe.attention)
 
 
@@ -125,6 +148,12 @@ def encode(context: RunContext, task: Task) -> None:
 
     stage = context.stage("encode", "Encode the prompts", key, compute, link="encode")
     task.use_encoded(load_file(stage.file(CONDITIONS)))
+
+
+def protected_sites(sites: Sequence[Site], protect: Mapping[str, int]) -> dict[str, int]:
+    """Bits of the layers with a protected tag; the most where a layer has several."""
+    found = {site.name: [protect[tag] for tag in site.tags if tag in protect] for site in sites if site.weight_shape}
+    return {name: max(bits) for name, bits in found.items() if bits}
 
 
 @dataclass(frozen=True)
