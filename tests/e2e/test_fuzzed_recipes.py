@@ -26,7 +26,7 @@ from quantlab.testing.toy import toy
 
 ASKED = int(os.environ.get("QUANTLAB_FUZZ", "0"))
 EXAMPLES = settings(
-    max_examples=ASKED or 60,
+    max_examples=ASKED or 40,
     deadline=None,
     derandomize=not ASKED,
     database=None,
@@ -160,7 +160,7 @@ def test_a_fuzzed_recipe_gives_a_plan_or_a_message(file: Path) -> None:
             outcomes["message"] += 1
 
     holds()
-    assert outcomes["plan"] > 5 and outcomes["message"] > 5
+    assert outcomes["plan"] > 2 and outcomes["message"] > 2
     print(outcomes)
 
 
