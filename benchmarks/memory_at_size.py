@@ -173,7 +173,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         "keep": [{"match": name, "bits": 8} for name in ("conv_in", "conv_out")],
         "sampling": {"steps": arguments.steps},
         "calibrate": calibrate,
-        # Ranges from extremes: an MSE search goes through rows in chunks whatever the model, and would take an hour.
+        # Ranges from extremes: the MSE search, which goes through the rows of one weight in chunks, takes far longer.
         "weights": {"observer": "min_max"},
         "allocate": ["uniform", {"kurtosis": {"search_observer": "min_max"}}],
     }
