@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 from benchmarks.measure import Case, Missing, measured  # noqa: E402
 from benchmarks.reference import masked_sum, mse_search_by_channel  # noqa: E402
 from benchmarks.table import filled, markdown  # noqa: E402
-
 from quantlab.contracts.quant import Observer  # noqa: E402
 from quantlab.quant.functional import fake_quantize, search_scale  # noqa: E402
 
