@@ -82,7 +82,7 @@ def _gradient_of_x(
     codes = torch.round(_ratio(x, scale)).add_(zero_point)
     # Inclusive borders: a code that lands on one keeps its gradient, as clamp's does.
     inside = (codes.clamp(min=0).clamp_(max=quant_max) == codes).to(codes.dtype)
-    return (inside.mul_(gradient).to(x.dtype),)
+    return ((gradient.to(codes.dtype) * inside).to(x.dtype),)
 
 
 def _gradients(x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -91,8 +91,9 @@ def _gradients(x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor, 
     codes = torch.round(ratio).add_(zero_point)
     clamped = codes.clamp(min=0).clamp_(max=quant_max)
     inside = (clamped == codes).to(ratio.dtype)
-    for_scale = clamped.sub_(zero_point).sub_(ratio.mul_(inside)).mul_(gradient).sum_to_size(scale.shape)
-    for_x = inside.mul_(gradient)
+    # Products in the memory layout of the incoming gradient: it decides the order of the sums, and so their last bit.
+    for_scale = (gradient * clamped.sub_(zero_point).sub_(ratio.mul_(inside))).sum_to_size(scale.shape)
+    for_x = gradient * inside
     for_zero_point = (gradient - for_x).mul_(-scale).sum_to_size(zero_point.shape)
     return for_x.to(x.dtype), for_scale, for_zero_point
 

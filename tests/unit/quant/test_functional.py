@@ -220,3 +220,31 @@ def test_codes_on_the_borders_keep_their_gradient() -> None:
     # q - z outside; q - z - x / s inside.
     assert scale.grad.item() == pytest.approx(0 + 0.4 - 0.4 + 3)
     assert zero_point.grad.item() == -2.0
+
+
+def literal_gradients(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """The formulas with every product written out; their layout in memory decides the order of the sums."""
+    ratio = x / scale
+    codes = torch.round(ratio).add_(zero_point)
+    inside = (codes >= 0) & (codes <= levels)
+    centred = codes.clamp_(torch.zeros_like(levels), levels).sub_(zero_point)
+    for_scale = (g * (centred - ratio * inside)).sum_to_size(scale.shape)
+    return g * inside, for_scale, (g * ~inside * -scale).sum_to_size(zero_point.shape)
+
+
+@pytest.mark.parametrize("last", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), ()])
+def test_gradients_are_the_literal_ones_to_the_last_bit_in_any_layout(last: tuple[bool, bool], shape: tuple) -> None:
+    rng = torch.Generator().manual_seed(13)
+    x, g = (
+        torch.randn(8, 16, 9, 9, generator=rng).contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        for channels_last in last
+    )
+    scale, zero_point = torch.rand(shape, generator=rng) * 0.2 + 0.1, torch.rand(shape, generator=rng) * 8
+    levels = torch.full(shape, 15.0)
+    leaves = [value.clone().requires_grad_() for value in (x, scale, zero_point)]
+    fake_quantize(leaves[0], leaves[1], leaves[2], levels).backward(g)
+    for leaf, expected in zip(leaves, literal_gradients(x, scale, zero_point, levels, g), strict=True):
+        assert torch.equal(leaf.grad, expected)
