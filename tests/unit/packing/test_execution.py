@@ -80,7 +80,7 @@ def test_the_digits_model_agrees_with_its_simulation(backend: str) -> None:
     source = BuiltinSource(BuiltinConfig())
     task = source.load(Model(name="digits"), Sampling(steps=20), torch.device("cpu"), torch.float32)
     inputs = task.example_inputs(8)
-    quantized = quantlab.quantize(Prediction(task.network).eval(), [inputs], "mse", samples=8)
+    quantized = quantlab.quantize(Prediction(task.network).eval(), [inputs], "min-max", samples=8)
     integer = quantlab.execute(quantized, backend, compiled=False, console=QUIET)
     with torch.no_grad():
         expected, found = (each(**inputs) for each in (quantized.module, integer.module))
