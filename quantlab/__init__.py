@@ -13,13 +13,23 @@ if TYPE_CHECKING:
     from quantlab.api import LoadedRun, QuantizedModule, load_quantized, quantize
     from quantlab.bench import bench as run_bench
     from quantlab.calibration.choose import draw_pairs
-    from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy, FLOAT_BITS, Resource, SiteData
-    from quantlab.contracts.block import Block, Grouping, Partition, TEMPORAL
+    from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, Resource, SiteData
+    from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
     from quantlab.contracts.config import Strict
     from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep, FittedCorrection
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, ClassificationTask, Evidence, GenerativeTask, LabelledBatch, Reference, Task, TrainingBatch
+    from quantlab.contracts.model import (
+        CalibrationBatch,
+        CalibrationSet,
+        ClassificationTask,
+        Evidence,
+        GenerativeTask,
+        LabelledBatch,
+        Reference,
+        Task,
+        TrainingBatch,
+    )
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
@@ -28,8 +38,28 @@ if TYPE_CHECKING:
     from quantlab.contracts.scores import Operand, OutputFamily, Score, ScoreRequest
     from quantlab.contracts.sections import Budget, Model, Sampling, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
-    from quantlab.contracts.tuning import AdapterSpec, AdapterStart, Checkpoint, ConvAdapter, Loss, OUTPUT, StepContext, TuneJob, TuneResult, Tuner
-    from quantlab.errors import ArtefactError, CaptureError, ModelError, NonFiniteError, PackError, PluginError, QuantlabError, RecipeError
+    from quantlab.contracts.tuning import (
+        OUTPUT,
+        AdapterSpec,
+        AdapterStart,
+        Checkpoint,
+        ConvAdapter,
+        Loss,
+        StepContext,
+        TuneJob,
+        Tuner,
+        TuneResult,
+    )
+    from quantlab.errors import (
+        ArtefactError,
+        CaptureError,
+        ModelError,
+        NonFiniteError,
+        PackError,
+        PluginError,
+        QuantlabError,
+        RecipeError,
+    )
     from quantlab.evaluation.answers import Answers, ClassMetric
     from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.execution import ExecutionQuality, IntegerModule, compare_execution, execute, execute_run
@@ -46,7 +76,8 @@ if TYPE_CHECKING:
     from quantlab.quant.split import parts_of
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
-    from quantlab.run import RunOptions, RunResult, run as run_recipe
+    from quantlab.run import RunOptions, RunResult
+    from quantlab.run import run as run_recipe
     from quantlab.tuning.checkpoint import restore_layers, restore_training, save_layers, save_training
     from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
     from quantlab.tuning.visit import visit_layers
@@ -74,8 +105,7 @@ _NAMES = {
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
-    "errors": "ArtefactError CaptureError ModelError NonFiniteError PackError PluginError QuantlabError "
-    "RecipeError",
+    "errors": "ArtefactError CaptureError ModelError NonFiniteError PackError PluginError QuantlabError RecipeError",
     "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
     "execution": "ExecutionQuality IntegerModule compare_execution execute execute_run",
@@ -104,6 +134,9 @@ _WHERE = {
 }
 
 __all__ = [
+    "FLOAT_BITS",
+    "OUTPUT",
+    "TEMPORAL",
     "AdapterSpec",
     "AdapterStart",
     "AllocationProblem",
@@ -128,7 +161,6 @@ __all__ = [
     "CorrectionStep",
     "Evidence",
     "ExecutionQuality",
-    "FLOAT_BITS",
     "FittedCorrection",
     "GenerativeTask",
     "Grouping",
@@ -143,7 +175,6 @@ __all__ = [
     "Model",
     "ModelError",
     "NonFiniteError",
-    "OUTPUT",
     "Observer",
     "Operand",
     "OutputFamily",
@@ -183,7 +214,6 @@ __all__ = [
     "StageStatus",
     "StepContext",
     "Strict",
-    "TEMPORAL",
     "Task",
     "TrainingBatch",
     "Tune",

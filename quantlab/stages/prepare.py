@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
 
 from quantlab.allocation.plan import Plan, SitePlan, make_plan
 from quantlab.allocation.student import tapped_run
 from quantlab.calibration.recording import load_recording, provenance, record
 from quantlab.calibration.tensor_file import bytes_of
 from quantlab.contracts.allocation import FLOAT_BITS
-from quantlab.contracts.model import GenerativeTask, Progress, Task
+from quantlab.contracts.model import CalibrationSet, GenerativeTask, Progress, Task
 from quantlab.contracts.sections import Calibrate, RecordedDtype, Sampling
 from quantlab.contracts.site import Site
 from quantlab.errors import ModelError, RecipeError, nearest

@@ -117,7 +117,9 @@ def test_trajectories_record_the_condition_not_its_tensors(sd):
     task = load(sd, {"guidance": 3.0}, prompts=str(sd / "prompts.txt"))
     run = lambda inputs: task.network(**inputs, **task.static)[0]  # noqa: E731
     ticks = []
-    recorded = task.calibrate(run, range(18), torch.Generator().manual_seed(0), lambda done, of: ticks.append((done, of)))
+    recorded = task.calibrate(
+        run, range(18), torch.Generator().manual_seed(0), lambda done, of: ticks.append((done, of))
+    )
     assert {name: tuple(value.shape) for name, value in recorded.inputs.items()} == {
         "sample": (3, 18, 4, 8, 8), "timestep": (3, 18), "label": (3, 18),
     }  # fmt: skip
