@@ -24,7 +24,8 @@ from quantlab.torchvision_shim import ensure_torchvision_imports
 
 BATCHES = (1, 2, 3)
 OUTPUT = Path(__file__).with_name("timm-capture.md")
-ABOUT = """architectures with random weights, by `python docs/results/timm_capture.py`. The difference is the largest between
+ABOUT = """\
+architectures with random weights, by `python docs/results/timm_capture.py`. The difference is the largest between
 graph and network at batch 1, 2 and 3 in float32. Layers are convolutions and linear layers; the share of the
 multiply-accumulates is of those that torch's counter sees at batch 1, which on a CPU are without fused attention. What
 is missing to 100 % are products that a network writes out, and weights that it uses without calling their layer: an
