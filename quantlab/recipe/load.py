@@ -121,7 +121,7 @@ def load_recipe(
 
 def is_bench(path: Path) -> bool:
     """Whether a file is a bench rather than a recipe; raises RecipeError for one that cannot be read."""
-    return read_yaml(path)[0].reach(("matrices",))[1]
+    return bool(read_yaml(path)[0].reach(("matrices",))[1])
 
 
 def read_recipe(path_or_name: str | Path, profile: str | None = None) -> RecipeFile:

@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 from quantlab.errors import RecipeError
 from quantlab.recipe.layers import read_yaml
@@ -41,7 +42,8 @@ def migrated(path: Path, migrations: Mapping[int, Migration] = MIGRATIONS, curre
             allowed=f"up to {current}",
             next_step="pip install --upgrade quantlab",
         )
-    content = {key: child for key, child in dict(node.plain).items() if key != "version"}  # type: ignore[call-overload]
+    given = cast(Content, node.plain)
+    content = {key: child for key, child in given.items() if key != "version"}
     for step in range(number, current):
         if step not in migrations:
             raise RecipeError(f"nothing leads from version {step} to {step + 1}", where=version.origin, got=number)
