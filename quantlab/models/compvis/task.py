@@ -170,7 +170,8 @@ class CompVisTask(GenerativeTask):
         decode = self.model.first_stage.decode
         assert callable(decode)
         scaled = latents.float() / self.model.scale_factor
-        return torch.cat([decode(part, return_dict=False)[0] for part in scaled.split(DECODED_TOGETHER)])
+        # Contiguous, because a convolution may give another memory layout, which safetensors does not save.
+        return torch.cat([decode(part, return_dict=False)[0] for part in scaled.split(DECODED_TOGETHER)]).contiguous()
 
     def prompts(self, count: int) -> Sequence[str] | None:
         """The text of each image, where there are prompts."""

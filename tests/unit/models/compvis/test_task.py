@@ -9,7 +9,7 @@ import pytest
 import torch
 from compvis_states import tiny_checkpoint
 from ruamel.yaml import YAML
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import ModelError, RecipeError
@@ -70,6 +70,7 @@ def test_images_are_decoded_latents(tmp_path: Path, first_stage: str, side: int)
     noise = task.draw_noise(5, 1)
     images = task.sample(run_of(task), noise, task.labels(5), range(5))
     assert images.shape == (5, 3, side, side) and images.abs().max() <= 1
+    save({"images": images})  # as a run keeps them
     with torch.no_grad():
         latents = task.schedule.sample(
             lambda inputs: run_of(task)({k: inputs[k] for k in ("sample", "timestep")}), noise, {}
