@@ -269,15 +269,21 @@ def pack(folder: Path, method: str | None = None, output: Path | None = None) ->
 def sample(path: Path, number: int, seed: int, output: Path, device: str, steps: int | None = None) -> str:
     """Draw images from the quantized model of a run or a packed file into a PNG; returns a line about it."""
     loaded = _packed_with_task(path, device, steps) if path.is_file() else _load_run(path, None, device, steps)
-    if not isinstance(loaded.task, GenerativeTask):
-        raise ArtefactError("this model draws no images", where=str(path), got=type(loaded.task).__name__)
+    task = _drawing(loaded.task, path)
     settings = Evaluate(samples=max(2, number), batch=250)
     with make_console().task("Draw images") as progress, torch.no_grad():
-        images = draw(loaded.task, loaded.run, settings, seed, progress, loaded.corrections)[:number]
+        images = draw(task, loaded.run, settings, seed, progress, loaded.corrections)[:number]
     per_row = min(number, 16)
     rows = [GridRow(loaded.method, pixels(part)) for part in images.split(per_row)]
     save_grid(rows, output)
     return f"{number} images of {loaded.method} in {output}"
+
+
+def _drawing(task: Task, path: Path) -> GenerativeTask:
+    """The task as one that draws images; raises ArtefactError for any other."""
+    if not isinstance(task, GenerativeTask):
+        raise ArtefactError("this model draws no images", where=str(path), got=type(task).__name__)
+    return task
 
 
 @dataclass(frozen=True)
@@ -304,7 +310,7 @@ def _packed_with_task(path: Path, device: str, steps: int | None) -> _Drawing:
     if steps:
         recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"steps": steps})})
     task = task_of(recipe, registry, device, packed.manifest.dtype)
-    return _Drawing(task, packed.run, packed.method, packed.corrections)
+    return _Drawing(_drawing(task, path), packed.run, packed.method, packed.corrections)
 
 
 def check_zoo(name: str, samples: int, steps: int) -> str:

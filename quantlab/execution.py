@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from quantlab.allocation.student import Student, tapped_run
 from quantlab.api import LoadedRun, QuantizedModule, load_quantized
+from quantlab.contracts.model import Evidence, GenerativeTask
 from quantlab.contracts.sections import Evaluate
+from quantlab.errors import ArtefactError, ModelError
 from quantlab.evaluation.metrics.fid import frechet_distance
 from quantlab.evaluation.metrics.paired_error import DATA_RANGE
 from quantlab.packing.backends.activation import ActivationKernel, activation_kernel
@@ -128,10 +130,15 @@ def compare_execution(
 
     Raises:
         ArtefactError: the folder is no complete run.
+        ModelError: its model draws no images, or has no judge to compare them by.
     """
     console = make_console()
     simulated = load_quantized(folder, method)
+    if not isinstance(simulated, LoadedRun):
+        raise ArtefactError("this is no run folder", where=str(folder), next_step="give the folder of a run")
     task = simulated.task
+    if not isinstance(task, GenerativeTask) or not {Evidence.FEATURES, Evidence.REFERENCE} <= set(task.offers):
+        raise ModelError("images of this model cannot be compared with real ones", where=str(folder))
     integer, dispatch = execute_run(simulated, backend, console=console)
     settings = Evaluate(samples=samples, batch=_BATCH)
     images: list[Tensor] = []

@@ -29,6 +29,7 @@ AnySamples = TypeVar("AnySamples", bound=Samples, contravariant=True)
 class Metric(Protocol[AnySamples]):
     """As much of a metric as is needed to compute it."""
 
+    name: ClassVar[str]
     resamples: ClassVar[bool]
 
     def compute(self, samples: AnySamples, /) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantlab.allocation.plan import Plan
 from quantlab.contracts.allocation import FLOAT_BITS
-from quantlab.contracts.model import GenerativeTask
+from quantlab.contracts.model import GenerativeTask, Task
 from quantlab.quant.accounting import Accounting, FloatModel
 from quantlab.recipe.explain import resolved_yaml
 from quantlab.recipe.load import LoadedRecipe
@@ -86,13 +86,16 @@ def plan_text(plan: Plan, cost: Accounting) -> str:
     return f"{markdown_of(lines)}\n\n{size}\n{coverage_text(plan, cost)}"
 
 
-def resources_text(task: GenerativeTask, recipe: Recipe, float_model: FloatModel) -> str:
+def resources_text(task: Task, recipe: Recipe, float_model: FloatModel) -> str:
     """What a run needs at least: the recorded trajectories on disk, and in memory beside both networks' weights.
 
-    At every step a trajectory has the noisy sample and the prediction, which is as large.
+    At every step a trajectory has the noisy sample and the prediction, which is as large; a classifier has its inputs.
     """
-    sample = task.draw_noise(1, 0)
-    recorded = 2 * recipe.sampling.steps * recipe.calibrate.trajectories * sample.numel() * sample.element_size()
+    if isinstance(task, GenerativeTask):
+        each = 2 * recipe.sampling.steps * task.draw_noise(1, 0).nbytes
+    else:
+        each = sum(value.nbytes for value in task.example_inputs(1).values())
+    recorded = recipe.calibrate.trajectories * each
     memory = recorded + 2 * float_model.total_bytes
     return (
         f"a run needs at least {recorded:,} bytes of disk for calibration, and {memory:,} bytes of memory for it and "

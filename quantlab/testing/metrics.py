@@ -88,7 +88,9 @@ def _usable(subject: Subject) -> ImageMetric | None:
 
 def _task() -> GenerativeTask:
     source = BuiltinSource(BuiltinConfig())
-    return source.load(Model(name="digits"), Sampling(steps=2), torch.device("cpu"), torch.float32)
+    task = source.load(Model(name="digits"), Sampling(steps=2), torch.device("cpu"), torch.float32)
+    assert isinstance(task, GenerativeTask)
+    return task
 
 
 def _compute(subject: Subject, metric: ImageMetric, samples: SampleSet) -> dict[str, float]:

@@ -136,7 +136,7 @@ def plan(path: Path, registry: Registry) -> LoadedRecipe:
     loaded = load_recipe(path, (), registry)
     sites, network = toy().sites, toy().task.network
     prepare.plan(sites, loaded.recipe, loaded.origin)
-    check_budgets(loaded, sites, FloatModel.of(network))
+    check_budgets(loaded, toy().task, sites, FloatModel.of(network))
     return loaded
 
 
