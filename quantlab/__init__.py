@@ -16,17 +16,27 @@ if TYPE_CHECKING:
     from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy, Resource, SiteData
     from quantlab.contracts.block import TEMPORAL, Block, Grouping, Partition
     from quantlab.contracts.config import Strict
-    from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep
+    from quantlab.contracts.correction import Correction, CorrectionData, CorrectionStep, FittedCorrection
     from quantlab.contracts.event import StageEvent, StageStatus
     from quantlab.contracts.method import Method
-    from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task, TrainingBatch
+    from quantlab.contracts.model import (
+        CalibrationBatch,
+        CalibrationSet,
+        ClassificationTask,
+        Evidence,
+        GenerativeTask,
+        LabelledBatch,
+        Reference,
+        Task,
+        TrainingBatch,
+    )
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
     from quantlab.contracts.sampler import CalibrationPairs, CalibrationSampler, SamplerProblem
     from quantlab.contracts.schedule import LossConfig, Schedule
     from quantlab.contracts.scores import Operand, OutputFamily, Score, ScoreRequest
-    from quantlab.contracts.sections import Budget, Tune
+    from quantlab.contracts.sections import Budget, Model, Sampling, Tune
     from quantlab.contracts.site import Site, SiteKind, Slot
     from quantlab.contracts.tuning import (
         OUTPUT,
@@ -45,13 +55,19 @@ if TYPE_CHECKING:
         CaptureError,
         ModelError,
         NonFiniteError,
+        PackError,
         PluginError,
         QuantlabError,
         RecipeError,
     )
+    from quantlab.evaluation.answers import Answers, ClassMetric
     from quantlab.evaluation.samples import ImageMetric, SampleSet
+    from quantlab.execution import ExecutionQuality, IntegerModule, compare_execution, execute, execute_run
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
+    from quantlab.notebook import Bench, Recipe
+    from quantlab.packing.backends.dispatch import SiteDispatch
+    from quantlab.packing.model import PackedModel
     from quantlab.plugins import Registry, load_registry
     from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
@@ -60,7 +76,6 @@ if TYPE_CHECKING:
     from quantlab.quant.split import parts_of
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
-    from quantlab.recipe.schema import Recipe
     from quantlab.run import RunOptions, RunResult
     from quantlab.run import run as run_recipe
     from quantlab.tuning.checkpoint import restore_layers, restore_training, save_layers, save_training
@@ -75,24 +90,30 @@ _NAMES = {
     "contracts.allocation": "AllocationProblem BitMap BitPolicy FLOAT_BITS Resource SiteData",
     "contracts.block": "Block Grouping Partition TEMPORAL",
     "contracts.config": "Strict",
-    "contracts.correction": "Correction CorrectionData CorrectionStep",
+    "contracts.correction": "Correction CorrectionData CorrectionStep FittedCorrection",
     "contracts.event": "StageEvent StageStatus",
     "contracts.method": "Method",
-    "contracts.model": "CalibrationBatch CalibrationSet Task TrainingBatch",
+    "contracts.model": "CalibrationBatch CalibrationSet ClassificationTask Evidence GenerativeTask LabelledBatch "
+    "Reference Task TrainingBatch",
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
     "contracts.sampler": "CalibrationPairs CalibrationSampler SamplerProblem",
     "contracts.schedule": "LossConfig Schedule",
     "contracts.scores": "Operand OutputFamily Score ScoreRequest",
-    "contracts.sections": "Budget Tune",
+    "contracts.sections": "Budget Model Sampling Tune",
     "contracts.site": "Site SiteKind Slot",
     "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
     "Tuner",
-    "errors": "ArtefactError CaptureError ModelError NonFiniteError PluginError QuantlabError RecipeError",
+    "errors": "ArtefactError CaptureError ModelError NonFiniteError PackError PluginError QuantlabError RecipeError",
+    "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
+    "execution": "ExecutionQuality IntegerModule compare_execution execute execute_run",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
+    "notebook": "Bench Recipe",
+    "packing.backends.dispatch": "SiteDispatch",
+    "packing.model": "PackedModel",
     "plugins": "Registry load_registry",
     "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
@@ -101,7 +122,6 @@ _NAMES = {
     "quant.split": "parts_of",
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
-    "recipe.schema": "Recipe",
     "run": "RunOptions RunResult run_recipe=run",
     "tuning.checkpoint": "restore_layers restore_training save_layers save_training",
     "tuning.finite": "blame_non_finite require_finite_gradients",
@@ -120,7 +140,9 @@ __all__ = [
     "AdapterSpec",
     "AdapterStart",
     "AllocationProblem",
+    "Answers",
     "ArtefactError",
+    "Bench",
     "BitMap",
     "BitPolicy",
     "Block",
@@ -131,22 +153,33 @@ __all__ = [
     "CalibrationSet",
     "CaptureError",
     "Checkpoint",
+    "ClassMetric",
+    "ClassificationTask",
     "ConvAdapter",
     "Correction",
     "CorrectionData",
     "CorrectionStep",
+    "Evidence",
+    "ExecutionQuality",
+    "FittedCorrection",
+    "GenerativeTask",
     "Grouping",
     "ImageMetric",
+    "IntegerModule",
+    "LabelledBatch",
     "LoadedRecipe",
     "LoadedRun",
     "Loss",
     "LossConfig",
     "Method",
+    "Model",
     "ModelError",
     "NonFiniteError",
     "Observer",
     "Operand",
     "OutputFamily",
+    "PackError",
+    "PackedModel",
     "Partition",
     "PerChannel",
     "PerTensor",
@@ -160,17 +193,20 @@ __all__ = [
     "QuantlabError",
     "Recipe",
     "RecipeError",
+    "Reference",
     "Registry",
     "Resource",
     "RunOptions",
     "RunResult",
     "SampleSet",
     "SamplerProblem",
+    "Sampling",
     "Schedule",
     "Score",
     "ScoreRequest",
     "Site",
     "SiteData",
+    "SiteDispatch",
     "SiteKind",
     "Slot",
     "SmoothingPass",
@@ -186,7 +222,10 @@ __all__ = [
     "Tuner",
     "WeightGrid",
     "blame_non_finite",
+    "compare_execution",
     "draw_pairs",
+    "execute",
+    "execute_run",
     "fake_quantize",
     "hookimpl",
     "last_block",

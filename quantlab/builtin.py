@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 @hookimpl
 def quantlab_models() -> list[type]:
-    """The models that ship, and modules in memory."""
+    """The models that ship, checkpoints and pipelines, timm's networks, an installed package's, modules in memory."""
     from quantlab.models.builtin import BuiltinSource
+    from quantlab.models.compvis.source import CompVisSource
+    from quantlab.models.diffusers_source import DiffusersSource
     from quantlab.models.module import MemorySource
+    from quantlab.models.python import PythonSource
+    from quantlab.models.timm import TimmSource
 
-    return [BuiltinSource, MemorySource]
+    return [BuiltinSource, CompVisSource, DiffusersSource, MemorySource, PythonSource, TimmSource]
 
 
 @hookimpl

@@ -17,6 +17,7 @@ from quantlab.report.compare import Better
 from quantlab.report.formats import TableFormat
 
 if TYPE_CHECKING:
+    from quantlab.plugins import Registry
     from quantlab.recipe.load import LoadedRecipe
     from quantlab.run import RunResult
 
@@ -30,8 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+new_app = typer.Typer(help="Write a new package.", no_args_is_help=True)
 runs_app = typer.Typer(help="List run folders, and clean what was stored.", invoke_without_command=True)
 zoo_app = typer.Typer(help="The models that ship.", no_args_is_help=True)
+app.add_typer(new_app, name="new")
 app.add_typer(runs_app, name="runs")
 app.add_typer(zoo_app, name="zoo")
 
@@ -195,16 +198,134 @@ def _described(kind: str, name: str, plugins: list[Path]) -> str:
 
 @app.command()
 def validate(
-    recipe: RecipeArgument,
+    recipes: Annotated[list[str], typer.Argument(metavar="FILE...", help="recipes and benches, as files or by name")],
     overrides: SetOption = [],  # noqa: B006
     profile: ProfileOption = None,
     plugins: PluginOption = [],  # noqa: B006
     verbose: VerboseOption = False,
 ) -> None:
-    """Check keys, types, values, names and options of a recipe and its baselines; site patterns need --dry-run."""
+    """Check keys, types, values, names and options of recipes and benches; site patterns need --dry-run."""
     with told(verbose):
-        loaded = _load(recipe, overrides, plugins, profile)
-        print(f"{loaded.path}: valid; method {loaded.recipe.method}, {len(loaded.recipe.baselines)} baselines")
+        from quantlab.plugins import load_registry
+
+        registry = load_registry(plugins)
+        for recipe in recipes:
+            print(_validated(recipe, overrides, registry, profile))
+
+
+def _validated(name: str, overrides: list[str], registry: Registry, profile: str | None) -> str:
+    from quantlab.recipe.find import find_recipe
+    from quantlab.recipe.load import is_bench, load_recipe
+
+    path = find_recipe(name)
+    if not is_bench(path):
+        loaded = load_recipe(name, overrides, registry, profile)
+        return f"{loaded.path}: valid; method {loaded.recipe.method}, {len(loaded.recipe.baselines)} baselines"
+    if overrides or profile:
+        raise RecipeError("a bench sets its values itself", where=str(path), got="--set or --profile")
+    from quantlab.bench import cells
+
+    return f"{path}: valid; a bench of {len(cells(path, registry))} cells"
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", help="a file; standard output without it")] = None,
+    plugins: PluginOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
+) -> None:
+    """Write the JSON schema of recipes, with the options of the plugins that are installed, for editors."""
+    with told(verbose):
+        from quantlab.plugins import load_registry
+        from quantlab.recipe.json_schema import recipe_schema
+        from quantlab.recipe.starter import write_schema
+        from quantlab.store import json_text
+
+        registry = load_registry(plugins)
+        print(write_schema(output, registry) if output else json_text(recipe_schema(registry)))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="the recipe to write")] = Path("recipe.yaml"),
+    plugins: PluginOption = [],  # noqa: B006
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a recipe to begin with, and the schema that an editor checks it with."""
+    with told(verbose):
+        from quantlab.plugins import load_registry
+        from quantlab.recipe.starter import write_starter
+
+        written = write_starter(path, load_registry(plugins))
+        print(f"{written}\nnext: quantlab run {written} --profile smoke")
+
+
+@app.command()
+def migrate(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="a recipe of an older version")],
+    write: Annotated[bool, typer.Option("--write", help="replace the file; print without it")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Bring a recipe of an older version forward; comments but the first are lost."""
+    with told(verbose):
+        from quantlab.recipe.migrate import migrated
+        from quantlab.store import atomic_write_text
+
+        text = migrated(path)
+        if text is not None and write:
+            atomic_write_text(path, text)
+        print(f"{path}: is of the current version, nothing to do" if text is None else path if write else text)
+
+
+@new_app.callback()
+def new() -> None:
+    """Write a new package."""
+
+
+@new_app.command("plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="what recipes will call it, such as weight-range")],
+    kind: Annotated[str, typer.Option("--kind", help="policy, quantizer, loss, ...: quantlab list --help")],
+    output: Annotated[Path, typer.Option("--output", help="the folder that gets quantlab-NAME")] = Path(),
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a small package with one working plugin, its tests and an example recipe."""
+    with told(verbose):
+        from quantlab.plugins import load_registry
+        from quantlab.recipe.catalogue import kind_of
+        from quantlab.scaffold import new_plugin as write_plugin
+
+        folder = write_plugin(name, kind_of(kind), output, load_registry())
+        print(f"{folder}\nnext: cd {folder} && pip install -e . && pytest")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="SOURCE:NAME|RECIPE", help="diffusers:FOLDER, builtin:digits, ...")],
+    minimum: Annotated[
+        float, typer.Option("--min-coverage", min=0, max=1, help="exit with 3 when less can be quantized")
+    ] = 0.0,
+    overrides: SetOption = [],  # noqa: B006
+    plugins: PluginOption = [],  # noqa: B006
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show what a capture of a model yields: sites, coverage, what stays float and why, limits, memory."""
+    with told(verbose):
+        from quantlab.doctor import diagnose, require_coverage
+        from quantlab.plugins import load_registry
+
+        diagnosis = diagnose(model, load_registry(plugins), overrides, device)
+        print(diagnosis.to_json() if as_json else diagnosis.to_text(terminal_columns()))
+        require_coverage(diagnosis, minimum)
+
+
+def terminal_columns() -> int:
+    """Columns of the terminal; where there is none, enough for a table."""
+    import shutil
+
+    return shutil.get_terminal_size((120, 24)).columns
 
 
 @runs_app.callback()
@@ -243,7 +364,7 @@ def clean(
 
 @app.command()
 def sample(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run folder, or a packed file")],
     number: Annotated[int, typer.Option("--number", min=1, help="how many images")] = 16,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="of the initial noise")] = 0,
     output: Annotated[Path, typer.Option("--output", help="the PNG file to write")] = Path("samples.png"),
@@ -253,11 +374,42 @@ def sample(
     device: DeviceOption = "cpu",
     verbose: VerboseOption = False,
 ) -> None:
-    """Draw images from the quantized model of a run."""
+    """Draw images from the quantized model of a run, or of a packed file."""
     with told(verbose):
         from quantlab.api import sample as sample_run
 
-        print(sample_run(run_folder, number, seed, output, device, steps))
+        print(sample_run(path, number, seed, output, device, steps))
+
+
+@app.command()
+def pack(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    method: Annotated[str | None, typer.Option("--method", help="of the run; the recipe's own without it")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="the file; METHOD.safetensors in RUN without it")
+    ] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a quantized model of a run as one small file, which loads without the run and the float weights."""
+    with told(verbose):
+        from quantlab.api import pack as pack_run
+
+        print(pack_run(run_folder, method, output))
+
+
+@app.command()
+def execute(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    method: Annotated[str | None, typer.Option("--method", help="a method of the run; the recipe's without it")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="how many images")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="of the initial noise")] = 0,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the quantized model of a run in integers, and compare it with its simulation."""
+    with told(verbose):
+        from quantlab.execution import compare_execution
+
+        print(compare_execution(run_folder, method, samples=samples, seed=seed))
 
 
 @app.command()
@@ -342,7 +494,10 @@ def sweep(
 @zoo_app.command("train")
 def zoo_train(
     name: Annotated[
-        str, typer.Argument(help="a denoiser, or the classifier that judges it: digits-classifier, shapes-classifier")
+        str,
+        typer.Argument(
+            help="a denoiser, the classifier that judges it (digits-classifier, shapes-classifier), or digits-vit"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", help="folder for the weights")] = Path("zoo"),
     verbose: VerboseOption = False,

@@ -49,7 +49,49 @@ class RecipeError(QuantlabError):
 
 
 class PluginError(QuantlabError):
-    """A plugin cannot be loaded, or broke its hook's contract."""
+    """A plugin cannot be loaded, or broke its hook's contract.
+
+    Args:
+        plugin: the class that broke it, so that whoever knows the plugins can say where it came from.
+        came_from: the plugin and the package that the class came with.
+        chosen_at: file and line of the recipe that chose it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        allowed: str | None = None,
+        next_step: str | None = None,
+        plugin: type | None = None,
+        came_from: str | None = None,
+        chosen_at: str | None = None,
+    ) -> None:
+        self.plugin, self.came_from, self.chosen_at = plugin, came_from, chosen_at
+        super().__init__(what, where=where, got=got, allowed=allowed, next_step=next_step)
+
+    @property
+    def message(self) -> str:
+        """The whole message, a line a part."""
+        lines = [super().message]
+        lines += [f"  plugin: {self.came_from}"] if self.came_from else []
+        lines += [f"  chosen at: {self.chosen_at}"] if self.chosen_at else []
+        return "\n".join(lines)
+
+    def attributed(self, came_from: str | None, chosen_at: str | None) -> PluginError:
+        """The same error that also says whose plugin it is about, and which line of the recipe chose it."""
+        return PluginError(
+            self.what,
+            where=self.where,
+            got=self.got,
+            allowed=self.allowed,
+            next_step=self.next_step,
+            plugin=self.plugin,
+            came_from=came_from,
+            chosen_at=chosen_at,
+        )
 
 
 class ModelError(QuantlabError):
@@ -62,6 +104,10 @@ class CaptureError(QuantlabError):
 
 class ArtefactError(QuantlabError):
     """A file of a run is missing, truncated, foreign or newer than this version reads."""
+
+
+class PackError(QuantlabError):
+    """A model cannot be packed, or a file format cannot hold it."""
 
 
 class NonFiniteError(QuantlabError):
@@ -81,7 +127,7 @@ def unforeseen(error: Exception) -> QuantlabError:
             where=str(error.filename) if error.filename else None,
             next_step="check the path, its permissions and the space on its disk",
         )
-    if isinstance(error, MemoryError) or "allocate memory" in reason or "out of memory" in reason:
+    if _out_of_memory(error):
         return QuantlabError(
             "the memory is not enough",
             got=reason,
@@ -93,6 +139,15 @@ def unforeseen(error: Exception) -> QuantlabError:
         where=f"{frame.filename}:{frame.lineno}",
         next_step="nobody foresaw this: the same command with -v shows the whole way there",
     )
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the machine refused something, so that the code which asked for it is not to blame."""
+    return isinstance(error, OSError) or _out_of_memory(error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -18,6 +18,9 @@ Every class has
 - ``version``: an integer, raised whenever its numbers change, so that stored results are not reused;
 - a docstring whose first line ``quantlab list`` prints.
 
+The module says ``quantlab_api = 1``: the version of these contracts that it was written for. It is raised when a plugin
+would have to change, and ``API_CHANGES`` then says how; a plugin of another version is set aside with these words.
+
 A function may leave out arguments it does not need. Two plugins must not give one name; a plugin that fails to load is
 set aside and reported only to a person who asks for something that nobody else provides. ``QUANTLAB_TRACE_PLUGINS=1``
 prints every registration and call.
@@ -30,7 +33,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from quantlab.contracts.allocation import BitPolicy
     from quantlab.contracts.correction import Correction
@@ -42,6 +45,13 @@ if TYPE_CHECKING:
     from quantlab.contracts.tuning import Loss, Tuner
 
 PROJECT = "quantlab"
+
+API_VERSION = 1
+"""Of the contracts in this file and in ``quantlab/contracts``."""
+API_ATTRIBUTE = "quantlab_api"
+"""Where a plugin's module states the version it was written for; 1 without it."""
+API_CHANGES: Mapping[int, str] = {}
+"""What a plugin has to change to come to a version from the one before it."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -153,8 +163,10 @@ def quantlab_corrections() -> Iterable[type[Correction]]:  # type: ignore[empty-
 def quantlab_metrics() -> Iterable[type]:  # type: ignore[empty-body]
     """Metrics: how results are measured; the recipe's ``evaluate.metrics``.
 
-    Each is an ``ImageMetric``. The engine builds it with its Config, calls ``require(task)`` before anything is
-    computed and ``compute(samples)`` for each method; it returns one or more named values, none of them NaN.
+    Each is an ``ImageMetric``, which looks at images, or a ``ClassMetric``, which looks at a classifier's answers. The
+    engine builds it with its Config, looks whether the model has what the class ``needs``, calls ``require(task)``
+    before anything is computed and ``compute(samples)`` for each method; it returns one or more named values, none of
+    them NaN.
     """
 
 

@@ -52,7 +52,7 @@ class Kind(StrEnum):
         return {Kind.PASS: "passes", Kind.POLICY: "policies", Kind.LOSS: "losses"}.get(self, f"{self}s")
 
 
-_HOOKS: Mapping[Kind, str] = {
+HOOKS: Mapping[Kind, str] = {
     Kind.METHOD: "quantlab_methods",
     Kind.MODEL: "quantlab_models",
     Kind.PASS: "quantlab_passes",
@@ -64,6 +64,7 @@ _HOOKS: Mapping[Kind, str] = {
     Kind.CORRECTION: "quantlab_corrections",
     Kind.METRIC: "quantlab_metrics",
 }
+"""The hook of each kind."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ class Registry:
             message = f'{kind} "{choice.name}", option "{option}": {first["msg"]}'
             raise RecipeError(message, got=first["input"]) from error
 
+    def entry_of(self, cls: type) -> Entry | None:
+        """The entry of a class; None for one that no plugin gives."""
+        return next((entry for kind in Kind for entry in self.entries(kind).values() if entry.value is cls), None)
+
     def create(self, kind: Kind, choice: Choice) -> Any:
         """The chosen class, built with its checked options; raises as ``config`` does."""
         return self.find(kind, choice.name).value(self.config(kind, choice))
@@ -179,7 +184,7 @@ class Registry:
 
     def _collect(self, kind: Kind) -> Iterable[tuple[str, Any]]:
         """What each plugin returns for a kind; one that fails, or returns something else, is set aside."""
-        hook = _HOOKS[kind]
+        hook = HOOKS[kind]
         for plugin, origin in _plugins(self.manager):
             try:
                 values = [value for returned in _call(self.manager, plugin, hook) for value in returned]
@@ -239,6 +244,7 @@ def _register(manager: pluggy.PluginManager, plugin: object, origin: str) -> Non
     """Register a plugin and check its hooks; a plugin that is there already, from a second package, is left alone."""
     if manager.is_registered(plugin):
         return
+    check_api(plugin, origin)
     try:
         manager.register(plugin, name=origin)
         manager.check_pending()
@@ -246,6 +252,7 @@ def _register(manager: pluggy.PluginManager, plugin: object, origin: str) -> Non
         if manager.is_registered(plugin):
             manager.unregister(plugin)
         known = [name for name in vars(hookspecs) if name.startswith("quantlab_")]
+        known.append(hookspecs.API_ATTRIBUTE)
         mistyped = [name for name in vars(plugin) if name.startswith("quantlab_") and name not in known]
         hint = nearest(mistyped[0], known) if mistyped else None
         raise PluginError(f"a hook is wrong: {error}", where=origin, next_step=hint) from error
@@ -255,6 +262,36 @@ def _register(manager: pluggy.PluginManager, plugin: object, origin: str) -> Non
         raise PluginError(
             "the plugin implements no hook", where=origin, next_step="mark its functions with @quantlab.hookimpl"
         )
+
+
+def check_api(
+    plugin: object,
+    origin: str,
+    current: int = hookspecs.API_VERSION,
+    changes: Mapping[int, str] = hookspecs.API_CHANGES,
+) -> None:
+    """Raise PluginError for a plugin that was written for another version of the hooks; it says what has changed."""
+    stated = getattr(plugin, hookspecs.API_ATTRIBUTE, 1)
+    if stated == current and isinstance(stated, int):
+        return
+    told = f"{hookspecs.API_ATTRIBUTE} = {stated!r}"
+    if not isinstance(stated, int) or stated < 1:
+        what = "a plugin states the version of the hooks it was written for as a whole number"
+        raise PluginError(what, where=origin, got=told, next_step=f"write {hookspecs.API_ATTRIBUTE} = {current}")
+    if stated > current:
+        raise PluginError(
+            "the plugin was written for a newer quantlab",
+            where=origin,
+            got=told,
+            allowed=f"up to {current}",
+            next_step="pip install --upgrade quantlab",
+        )
+    raise PluginError(
+        "the plugin was written for an older quantlab",
+        where=origin,
+        got=f"{told}, and the hooks are at {current}",
+        next_step="; ".join(f"{version}: {changes[version]}" for version in range(stated + 1, current + 1)),
+    )
 
 
 def _load_folder(path: Path) -> ModuleType:

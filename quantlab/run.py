@@ -7,23 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from markupsafe import escape
 
 from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import Plan, mean_weight_bits
-from quantlab.contracts.model import GenerativeTask
+from quantlab.contracts.model import Outcome, Task
 from quantlab.contracts.site import Site
 from quantlab.errors import RecipeError
 from quantlab.evaluation.features import feature_identity
 from quantlab.plugins import Kind, Registry
 from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
+from quantlab.recipe.blame import attributed
 from quantlab.recipe.choices import chosen, essence
 from quantlab.recipe.load import LoadedRecipe, for_method
 from quantlab.recipe.schema import Recipe
 from quantlab.report.console import Console
 from quantlab.report.rows import FULL_PRECISION, Row, row_to_json
-from quantlab.report.tables import markdown
-from quantlab.stages import correct, describe, evaluate, inspect, measure, prepare, quantize
+from quantlab.report.tables import cells, html_of, markdown
+from quantlab.stages import classify, correct, describe, evaluate, inspect, pack, prepare, quantize
 from quantlab.stages.context import RunContext
+from quantlab.stages.denoiser import require_denoiser
+from quantlab.stages.kinds import evaluation_of
+from quantlab.stages.outcome import Measured, Protocol, outcome_of, require_outcome
 from quantlab.store import JSON, Store, create_run, digest_of
 
 
@@ -58,49 +63,68 @@ class RunResult:
         """What is printed at the end."""
         return self.text
 
+    def _repr_html_(self) -> str:
+        return html_of(cells(self.rows)) if self.rows else f"<pre>{escape(self.text)}</pre>"
+
     def to_json(self) -> dict[str, JSON]:
         """What ``--json`` prints."""
         return {"folder": str(self.folder) if self.folder else None, "rows": [row_to_json(row) for row in self.rows]}
 
 
 def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
-    """Run the recipe's method and its baselines, and measure them beside full precision."""
+    """Run the recipe's method and its baselines, and measure them beside full precision.
+
+    Raises:
+        PluginError: a plugin failed or returned the wrong thing; it names the package and the recipe's line.
+    """
+    with attributed(loaded):
+        return _run(loaded, options)
+
+
+def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     recipe, console = loaded.recipe, options.console
     task = load_task(loaded, options.device, options.dtype)
-    measure.require(loaded.registry, task, recipe.evaluate)
+    require_denoiser(task, [for_method(loaded, method) for method in methods_of(recipe)], loaded.registry)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
+    prepare.require_weights(task)
+    kind = evaluation_of(task)
+    require_outcome(loaded.registry, recipe.evaluate, kind.outcome)
+    kind.require(loaded.registry, task, recipe.evaluate)
     folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
     context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
     describe.begin(context, loaded, options.device, options.dtype)
 
     captured = prepare.capture(context, task)
     float_model = FloatModel.of(task.network)
-    plan = prepare.plan(captured.sites, recipe, loaded.origin)
+    plan = prepare.plan(captured.sites, recipe, loaded.origin, task.protect)
     cost = dry_cost(recipe, plan, float_model)
     folder.write_json("plan.json", describe.plan_json(plan, cost))
     coverage = describe.coverage_text(plan, cost)
     console.info(coverage)
-    check_budgets(loaded, captured.sites, float_model)
+    check_budgets(loaded, task, captured.sites, float_model)
+    prepare.encode(context, task)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
-    reference = evaluate.reference(context, task, captured, recipe.sampling, recipe.evaluate)
-    protocol = evaluate.protocol(context, task, recipe.sampling, recipe.evaluate, plan)
+    evaluation = kind(context, task, captured, recipe.sampling, recipe.evaluate)
+    protocol = evaluation.protocol(plan)
 
-    measured = evaluate.evaluate(context, task, reference, None, recipe.evaluate, "float")
-    other = evaluate.other_noise(context, task, reference, recipe.evaluate)
-    rows = [float_row(recipe, measured, float_model, protocol, other)]
+    measured = evaluation.measure(None, "float")
+    rows = [float_row(recipe, measured, float_model, protocol, evaluation.other_noise())]
     images = [(FULL_PRECISION, measured.images)]
     for method in methods_of(recipe):
         arm = for_method(loaded, method)
-        plan = prepare.plan(captured.sites, arm, loaded.origin)
+        plan = prepare.plan(captured.sites, arm, loaded.origin, task.protect)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
-        final = quantize.finalize(context, tuned, method)
+        final = quantize.finalize(context, tuned, method, arm.pack)
         inspect.inspect_sites(context, captured, calibrated, final, method)
         final = correct.correct(context, captured, calibrated, final, arm, method)
-        measured = evaluate.evaluate(context, task, reference, final, arm.evaluate, method)
+        measured = evaluation.measure(final, method)
+        pack.pack(context, task, final, arm, measured, protocol, method)
         seconds = sum(stage.seconds for stage in final.stages)
-        rows.append(quantized_row(loaded, arm, plan, final, measured, float_model, seconds, protocol))
+        # A classifier is calibrated on images of its data, whatever the method does with them.
+        data_free = kind.outcome is Outcome.IMAGES and loaded.registry.method(method).data_free
+        rows.append(quantized_row(arm, plan, final, measured, float_model, seconds, protocol, data_free))
         images.append((method, measured.images))
     describe.finish(context, loaded, rows, images, coverage)
     text = f"{markdown(rows)}\n\nsimulated in float; speed is not measured\n{coverage}\nrun folder: {folder.path}"
@@ -112,11 +136,11 @@ def methods_of(recipe: Recipe) -> list[str]:
     return [*(name for name in dict.fromkeys(recipe.baselines) if name != recipe.method), recipe.method]
 
 
-def check_budgets(loaded: LoadedRecipe, sites: Sequence[Site], float_model: FloatModel) -> None:
+def check_budgets(loaded: LoadedRecipe, task: Task, sites: Sequence[Site], float_model: FloatModel) -> None:
     """Raise RecipeError for a method whose budget cannot be kept, before anything is measured."""
     for method in methods_of(loaded.recipe):
         arm = for_method(loaded, method)
-        plan = prepare.plan(sites, arm, loaded.origin)
+        plan = prepare.plan(sites, arm, loaded.origin, task.protect)
         quantize.check_budget(plan, arm, loaded.registry, float_model, method)
 
 
@@ -128,6 +152,8 @@ def cell_digest(loaded: LoadedRecipe) -> str:
     versions = [prepare.CAPTURE_VERSION, prepare.CALIBRATE_VERSION, quantize.ASSIGN_VERSION, quantize.TUNE_VERSION]
     versions += [quantize.FINALIZE_VERSION, evaluate.REFERENCE_VERSION, evaluate.EVALUATE_VERSION, ACCOUNTING_VERSION]
     versions += [correct.CORRECT_VERSION] if any(arm.corrections for arm in arms) else []
+    classes = any(outcome_of(registry, choice.name) is Outcome.CLASSES for choice in recipe.evaluate.metrics)
+    versions += [classify.CLASSIFY_VERSION] if classes else []
     return digest_of(
         {
             "arms": [essence(arm, registry) for arm in arms],
@@ -146,7 +172,12 @@ def plugin_versions(recipe: Recipe, registry: Registry) -> dict[str, JSON]:
     return {f"{kind}/{name}": registry.find(kind, name).value.version for kind, name in names}
 
 
-def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:
+def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> Task:
+    """The recipe's model as a task; raises as ``task_of`` does."""
+    return task_of(loaded.recipe, loaded.registry, device, dtype)
+
+
+def task_of(recipe: Recipe, registry: Registry, device: str, dtype: str) -> Task:
     """The recipe's model as a task; raises RecipeError for a device, dtype or model that is not there."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
@@ -162,20 +193,20 @@ def load_task(loaded: LoadedRecipe, device: str, dtype: str) -> GenerativeTask:
             got=f"{device} ({reason})",
             allowed="cpu, or cuda, cuda:1, ... on a machine and a torch that have it",
         ) from error
-    source = loaded.registry.create(Kind.MODEL, loaded.recipe.model.plugin)
-    return source.load(loaded.recipe.model, loaded.recipe.sampling, place, kinds[dtype])
+    source = registry.create(Kind.MODEL, recipe.model.plugin)
+    return source.load(recipe.model, recipe.sampling, place, kinds[dtype])
 
 
-def dry_run(loaded: LoadedRecipe, task: GenerativeTask, options: RunOptions) -> str:
+def dry_run(loaded: LoadedRecipe, task: Task, options: RunOptions) -> str:
     """Sites, bits, size and bit operations, with nothing measured and nothing kept."""
     recipe = loaded.recipe
     with options.console.task("Capture the graph"):
         sites = prepare.capture_sites(task)[1]
-    plan = prepare.plan(sites, recipe, loaded.origin)
+    plan = prepare.plan(sites, recipe, loaded.origin, task.protect)
     float_model = FloatModel.of(task.network)
     cost = dry_cost(recipe, plan, float_model)
-    check_budgets(loaded, sites, float_model)
-    return describe.plan_text(plan, cost)
+    check_budgets(loaded, task, sites, float_model)
+    return f"{describe.plan_text(plan, cost)}\n{describe.resources_text(task, recipe, float_model)}"
 
 
 def dry_cost(recipe: Recipe, plan: Plan, float_model: FloatModel) -> Accounting:
@@ -202,9 +233,9 @@ def quiet() -> Console:
 
 def float_row(
     recipe: Recipe,
-    measured: evaluate.Measured,
+    measured: Measured,
     float_model: FloatModel,
-    protocol: evaluate.Protocol,
+    protocol: Protocol,
     other_noise: Mapping[str, float | None],
 ) -> Row:
     """The full-precision row."""
@@ -230,14 +261,14 @@ def float_row(
 
 
 def quantized_row(
-    loaded: LoadedRecipe,
     arm: Recipe,
     plan: Plan,
     final: quantize.Quantized,
-    measured: evaluate.Measured,
+    measured: Measured,
     float_model: FloatModel,
     seconds: float,
-    protocol: evaluate.Protocol,
+    protocol: Protocol,
+    data_free: bool,
 ) -> Row:
     """The row of a method."""
     cost = student_cost(final.student, final.bit_map, float_model, final.corrections)
@@ -254,7 +285,7 @@ def quantized_row(
         seconds=seconds,
         protocol=protocol.digest,
         seed=arm.seed,
-        data_free=loaded.registry.method(arm.method).data_free,
+        data_free=data_free,
         simulated=True,
         allocation=str(quantize.bit_map_to_json(final.bit_map)["digest"]),
         intervals=measured.intervals,

@@ -72,6 +72,37 @@ class Skipping(ToyDenoiser):
         return self.conv_out(self.blocks[1](x, embedding) + self.join(joined))
 
 
+class SelfAttention(nn.Module):
+    """Two heads over the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        rows = x.flatten(2).transpose(1, 2)
+        query, key, value = (
+            part.view(batch, height * width, 2, channels // 2).transpose(1, 2) for part in self.qkv(rows).chunk(3, -1)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=0.7)
+        mixed = self.out(mixed.transpose(1, 2).reshape(batch, height * width, channels))
+        return x + mixed.transpose(1, 2).view(batch, channels, height, width)
+
+
+class Attending(ToyDenoiser):
+    """An attention between the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = SelfAttention()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        embedding = F.silu(self.time(timestep.float()[:, None] / 1000))
+        x = self.attend(self.blocks[0](self.conv_in(sample), embedding))
+        return self.conv_out(self.blocks[1](x, embedding))
+
+
 @dataclass
 class ToyTask(Task):
     """Calibrates on noise at four timesteps."""
@@ -90,7 +121,8 @@ class ToyTask(Task):
     def combine(self, output: Tensor, inputs: Inputs) -> Tensor:
         return output
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+        num_samples = len(samples)
         sample = torch.randn(4, num_samples, 1, 6, 6, generator=rng)
         timestep = torch.tensor([901, 601, 301, 1])[:, None].expand(4, num_samples).contiguous()
         with torch.no_grad():
@@ -125,7 +157,7 @@ def make_toy(
     sites = find_sites(network, graph)
     plan = make_plan(sites, keep, Budget(weight_bits=weight_bits, activation_bits=activation_bits))
     rng = torch.Generator().manual_seed(1)
-    calibration = task.calibrate(lambda inputs: network(**inputs), 8, rng, lambda done, total: None)
+    calibration = task.calibrate(lambda inputs: network(**inputs), range(8), rng, lambda done, total: None)
     return Toy(task, graph, sites, plan, calibration)
 
 

@@ -52,7 +52,8 @@ def input_absmax(task: BuiltinTask, sites: list[str]) -> Mapping[str, Tensor]:
 
     handles = [watch(site, task.network.get_submodule(site)) for site in sites]
     rng = torch.Generator().manual_seed(SEED)
-    task.calibrate(lambda inputs: task.network(**inputs, **task.static)[0], IMAGES, rng, lambda done, total: None)
+    samples = range(IMAGES)
+    task.calibrate(lambda inputs: task.network(**inputs, **task.static)[0], samples, rng, lambda done, total: None)
     for handle in handles:
         handle.remove()
     return found

@@ -8,7 +8,7 @@ produce, as the released MPQ-DM does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -25,15 +25,17 @@ from quantlab.allocation.student import (
     install_attention_quantizers,
     install_quantizers,
 )
-from quantlab.calibration.collect import collect_inputs, collect_operands, watch_inputs
+from quantlab.calibration.collect import Operands, SpilledInputs, collect_inputs, collect_operands, watch_inputs
+from quantlab.calibration.spill import Streaming
 from quantlab.calibration.stats import SiteRecord, TensorSiteData
 from quantlab.contracts.allocation import AllocationProblem, BitMap, BitPolicy, Resource
+from quantlab.contracts.check import check_bit_map, check_quantized, check_scales, plugin_call
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.passes import SmoothingPass
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.scores import ScoreRequest
 from quantlab.contracts.sections import InputsFrom
-from quantlab.errors import PluginError, QuantlabError
+from quantlab.errors import QuantlabError
 from quantlab.graph.passes.smooth import smooth
 
 
@@ -65,20 +67,32 @@ def assign(
     rng: torch.Generator,
     progress: Progress,
     scores: Scores | None = None,
+    streaming: Streaming | None = None,
 ) -> BitMap:
     """Give every planned site its bits and scales, in place; returns the bits.
+
+    Args:
+        student: without quantizers.
+        method: what is done.
+        batch: what the network runs on.
+        rng: of the policies.
+        progress: by site.
+        scores: that the policies declared.
+        streaming: forwards of parts of the batch, with what sites see on disk; None: one forward, all in memory. With
+            ``quantized_upstream`` the layers see one forward all the same, each in its turn.
 
     Raises:
         QuantlabError: a site was not reached, or the policies missed the budget.
     """
-    assigner = _Assigner(student, method, batch.timestep, rng, scores or {}, _limits(student, method, batch.timestep))
+    limits = _limits(student, method, batch.timestep)
+    assigner = _Assigner(student, method, batch.timestep, rng, scores or {}, limits, one_site=streaming is not None)
     names = [entry.site.name for entry in student.plan.layers]
     bit_map = student.plan.nominal()
     with torch.no_grad():
         match method.inputs_from:
             case InputsFrom.TEACHER:
-                attended = collect_operands(student.attentions(), lambda: student.run(batch.inputs))
-                records = smoothed_records(student, method, batch)
+                attended = collect_operands(student.attentions(), student.run, batch.inputs, streaming)
+                records = smoothed_records(student, method, batch, streaming)
                 bit_map = assigner.allocate(bit_map, records)
                 for done, (name, record) in enumerate(records.items(), 1):
                     assigner.quantize(assigner.entries[name], record, bit_map)
@@ -98,18 +112,45 @@ def assign(
 
                 watch_inputs(student.network, names, assign_site, lambda: student.run(batch.inputs))
                 _require_all(names, assigned)
-                attended = collect_operands(student.attentions(), lambda: student.run(batch.inputs))
+                attended = collect_operands(student.attentions(), student.run, batch.inputs, streaming)
         assigner.quantize_attentions(attended, bit_map)
     _require_budget(student, bit_map)
     return bit_map
 
 
-def smoothed_records(student: Student, method: AssignMethod, batch: CalibrationBatch) -> dict[str, SiteRecord]:
-    """The tensors of every quantized site in the float network, smoothed in place as the method says."""
+def smoothed_records(
+    student: Student, method: AssignMethod, batch: CalibrationBatch, streaming: Streaming | None = None
+) -> Mapping[str, SiteRecord]:
+    """The tensors of every quantized site in the float network, smoothed in place as the method says.
+
+    With ``streaming`` a site's record is made when it is asked for, and its inputs lie in the streaming's folder.
+    """
     entries = {entry.site.name: entry for entry in student.plan.layers}
     with torch.no_grad():
-        inputs = collect_inputs(student.network, list(entries), lambda: student.run(batch.inputs))
-        return {name: _smoothed(student, method, entry, inputs[name]) for name, entry in entries.items()}
+        if streaming is None:
+            inputs = collect_inputs(student.network, list(entries), lambda: student.run(batch.inputs))
+            return {name: _smoothed(student, method, entry, inputs[name]) for name, entry in entries.items()}
+        sites = [entry.site for entry in entries.values()]
+        spilled = SpilledInputs(student.network, sites, student.run, batch.inputs, streaming)
+        smoothing = {name: _smoothed(student, method, each, spilled[name]).smoothing for name, each in entries.items()}
+        return _SpilledRecords(student, spilled, smoothing)
+
+
+class _SpilledRecords(Mapping[str, SiteRecord]):
+    """Records of sites whose inputs are on disk, each made when it is asked for."""
+
+    def __init__(self, student: Student, inputs: SpilledInputs, smoothing: Mapping[str, Tensor | None]) -> None:
+        self._student, self._inputs, self._smoothing = student, inputs, smoothing
+
+    def __getitem__(self, name: str) -> SiteRecord:
+        record = SiteRecord.of_layer(self._student.layer(name), self._inputs[name])
+        return replace(record, smoothing=self._smoothing[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._smoothing)
+
+    def __len__(self) -> int:
+        return len(self._smoothing)
 
 
 def _smoothed(student: Student, method: AssignMethod, entry: SitePlan, inputs: tuple[Tensor, ...]) -> SiteRecord:
@@ -119,12 +160,10 @@ def _smoothed(student: Student, method: AssignMethod, entry: SitePlan, inputs: t
     if not entry.budgeted:
         return record
     for smoothing in method.smoothing:
-        scales = smoothing.scales(record.weight_absmax(), record.input_absmax())
-        if not (torch.isfinite(scales).all() and (scales > 0).all()):
-            raise PluginError(
-                "smoothing scales must be positive and finite",
-                where=f'pass "{smoothing.name}", site {entry.site.name}',
-            )
+        weight_absmax, input_absmax = record.weight_absmax(), record.input_absmax()
+        with plugin_call("pass", smoothing, "scales", entry.site.name):
+            scales = smoothing.scales(weight_absmax, input_absmax)
+        check_scales(smoothing, scales, len(input_absmax), entry.site.name)
         before = record.smoothing
         record = replace(record, smoothing=scales if before is None else before * scales)
     if record.smoothing is not None:
@@ -156,37 +195,38 @@ class _Assigner:
     rng: torch.Generator
     scores: Scores
     limits: Mapping[Resource, float]
+    one_site: bool
 
     @property
     def entries(self) -> dict[str, SitePlan]:
         return {entry.site.name: entry for entry in self.student.plan.layers}
 
-    def allocate(self, bit_map: BitMap, records: dict[str, SiteRecord]) -> BitMap:
+    def allocate(self, bit_map: BitMap, records: Mapping[str, SiteRecord]) -> BitMap:
         """Ask each policy about the budgeted sites among ``records``."""
         sites = [self.entries[name].site for name in records if self.entries[name].budgeted]
         if not sites:
             return bit_map
-        data = TensorSiteData(records, self.scores)
+        data = TensorSiteData(records, self.scores, one_site=self.one_site)
         for policy in self.method.policies:
             problem = AllocationProblem(sites, data, self.student.plan.budget, bit_map, self.rng, self.limits)
-            bit_map = policy.allocate(problem)
-            _check_policy(policy, problem, bit_map)
+            with plugin_call("policy", policy, "allocate", sites[0].name if len(sites) == 1 else ""):
+                bit_map = policy.allocate(problem)
+            check_bit_map(policy, problem, bit_map)
         return bit_map
 
     def quantize(self, entry: SitePlan, record: SiteRecord, bit_map: BitMap) -> None:
         """Install the quantizers of a site and find their scales."""
         layer = self.student.layer(entry.site.name)
         install_quantizers(layer, entry, bit_map, self.method.choices)
+        site = entry.site.name
         if layer.weight_quantizer is not None:
-            layer.weight_quantizer.observe(layer.float_weight())
-            layer.weight_quantizer.freeze()
+            find_scales(layer.weight_quantizer, [layer.float_weight()], None, site)
         if layer.input_quantizer is not None:
-            for x in record.smoothed_inputs():
-                layer.input_quantizer.observe(x, self.timestep)
-            layer.input_quantizer.freeze()
+            find_scales(layer.input_quantizer, list(record.smoothed_inputs()), self.timestep, site)
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None:
-                quantizer.choose(lambda: self.output_error(layer, record))
+                with plugin_call("quantizer", quantizer, "choose", site):
+                    quantizer.choose(lambda: self.output_error(layer, record))
 
     def output_error(self, layer: QuantizedLayer, record: SiteRecord) -> float:
         """Mean squared error of a layer's output on its calibration inputs against the float one."""
@@ -195,30 +235,33 @@ class _Assigner:
         squared = [(output.float() - record.compute(x, record.weight)).square() for output, x in pairs]
         return sum(part.double().sum().item() for part in squared) / sum(part.numel() for part in squared)
 
-    def quantize_attentions(self, attended: Mapping[str, Mapping[str, Tensor]], bit_map: BitMap) -> None:
+    def quantize_attentions(self, attended: Operands, bit_map: BitMap) -> None:
         """Install the quantizers of every attention and find their scales."""
         for entry in self.student.plan.attentions:
             attention = self.student.attentions()[entry.site.name]
             install_attention_quantizers(attention, entry, bit_map, self.method.choices)
             for slot, quantizer in attention.quantizers.items():
-                x = attended[entry.site.name][slot]
+                x = attended[entry.site.name, slot]
                 quantizer.to(x.device)
-                cast(Quantizer, quantizer).observe(x, self.timestep)
-                cast(Quantizer, quantizer).freeze()
+                find_scales(cast(Quantizer, quantizer), [x], self.timestep, entry.site.name)
 
 
-def _check_policy(policy: BitPolicy, problem: AllocationProblem, bit_map: BitMap) -> None:
-    """A policy must return bits for every channel of every site and leave other sites alone."""
-    asked = {site.name: site for site in problem.sites}
-    for name, given in problem.given.weight_bits.items():
-        bits = bit_map.weight_bits.get(name)
-        where = f'policy "{policy.name}", site {name}'
-        if bits is None or bits.shape != given.shape:
-            raise PluginError("a policy must return bits for every output channel", where=where)
-        if name not in asked and not torch.equal(bits, given):
-            raise PluginError("a policy changed a site it was not asked about", where=where)
-        if name in asked and not ((bits >= 1) & (bits <= 8)).all():
-            raise PluginError("bits must lie in 1..8", where=where, got=sorted(set(bits.tolist())))
+def find_scales(quantizer: Quantizer, values: Sequence[Tensor], timestep: Tensor | None, site: str) -> None:
+    """Show a quantizer what passes at its place, let it decide, and check what it then returns.
+
+    Raises:
+        PluginError: it fails, or returns another shape or dtype.
+    """
+    with plugin_call("quantizer", quantizer, "observe", site):
+        for x in values:
+            quantizer.observe(x, timestep)
+    with plugin_call("quantizer", quantizer, "freeze", site):
+        quantizer.freeze()
+    # One sample tells; a weight has no timestep, and all its channels are one sample.
+    x = values[0] if timestep is None else values[0][:1]
+    with plugin_call("quantizer", quantizer, "forward", site):
+        quantized = quantizer(x, None if timestep is None else timestep[:1])
+    check_quantized(quantizer, x, quantized, site)
 
 
 def _require_all(names: Sequence[str], assigned: dict[str, BitMap]) -> None:

@@ -16,6 +16,7 @@ from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.site import Site
 from quantlab.quant.accounting import (
+    SCALE_BYTES,
     TIMESTEP_BYTES,
     Accounting,
     FloatModel,
@@ -127,7 +128,7 @@ def _operand_bytes(attention: QuantizedAttention) -> int:
         stored = cast(Quantizer, quantizer).qparams()
         if stored is not None:
             width = zero_point_bytes(stored.zero_point, stored.round_zero_point)
-            total += table_bytes(stored.scale.numel(), width, stored.timesteps is not None)
+            total += table_bytes(stored.scale.numel(), width, stored.timesteps is not None, stored.scale_bytes)
     return total
 
 
@@ -141,6 +142,8 @@ def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
         weight_zero_point_bytes=_zero_points(layer.weight_quantizer),
         weight_scales_per_channel=_parts(layer.weight_quantizer),
         activation_zero_point_bytes=_zero_points(layer.input_quantizer),
+        weight_scale_bytes=_scale_bytes(layer.weight_quantizer),
+        activation_scale_bytes=_scale_bytes(layer.input_quantizer),
         smoothing_channels=layer.smoothing.numel() if layer.smoothing is not None else 0,
         adapter_bytes=sum(p.numel() * p.element_size() for p in layer.adapter.parameters()) if layer.adapter else 0,
         extra_bytes=sum(q.extra_bytes() for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None),
@@ -151,6 +154,11 @@ def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
 def _parts(quantizer: Quantizer | None) -> int:
     parameters = quantizer.qparams() if quantizer is not None else None
     return max(1, len(parameters.split)) if parameters is not None else 1
+
+
+def _scale_bytes(quantizer: Quantizer | None) -> int:
+    parameters = quantizer.qparams() if quantizer is not None else None
+    return parameters.scale_bytes if parameters is not None else SCALE_BYTES
 
 
 def _zero_points(quantizer: Quantizer | None) -> int:

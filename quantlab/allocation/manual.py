@@ -22,15 +22,15 @@ class ManualRule(Strict):
     """Bits for the sites that a pattern matches; what is left out stays as it was."""
 
     match: str = Field(description="glob over site names")
-    weight_bits: Bits | None = None
-    activation_bits: Bits | None = None
+    weight_bits: Bits | None = Field(default=None, description="of every channel; none: as it was")
+    activation_bits: Bits | None = Field(default=None, description="of every input; none: as it was")
     optional: bool = Field(default=False, description="a pattern that matches nothing is no error")
 
 
 class ManualConfig(Strict):
     """Rules in order; the last one that matches a site wins."""
 
-    rules: tuple[ManualRule, ...]
+    rules: tuple[ManualRule, ...] = Field(description="patterns over site names with their bits")
 
 
 class ManualPolicy(BitPolicy):

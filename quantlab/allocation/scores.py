@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quantlab.allocation.plan import SitePlan
 from quantlab.allocation.student import QuantizerChoices, Student, install_quantizers
 from quantlab.calibration.collect import CalibrationBatch
+from quantlab.calibration.parts import in_parts
 from quantlab.calibration.sensitivity import (
     divergence,
     fisher_diagonal,
@@ -39,12 +40,14 @@ class ScoreMeter:
         records: the tensors of its sites.
         choices: how the method quantizes, which is how a score does.
         batch: what the network runs on.
+        rows: of it in one forward without gradient; None: all that a score is measured on.
     """
 
     student: Student
     records: Mapping[str, SiteRecord]
     choices: QuantizerChoices
     batch: CalibrationBatch
+    rows: int | None = None
 
     @property
     def entries(self) -> tuple[SitePlan, ...]:
@@ -150,13 +153,13 @@ class ScoreMeter:
         return noise_to_signal(output, exact)
 
     def _network_output(self, request: ScoreRequest) -> Cost:
-        inputs = self._rows(request.rows)
+        inputs, run = self._rows(request.rows), in_parts(self.student.run, self.rows)
         with torch.no_grad():
-            exact = self.student.run(inputs).double()
+            exact = run(inputs).double()
 
         def cost(entry: SitePlan, width: int) -> float:
             with self._quantized(entry, width, request.operand):
-                output = self.student.run(inputs).double()
+                output = run(inputs).double()
             if request.score is Score.OUTPUT_KL:
                 return divergence(output, exact, request.output).item()
             return noise_to_signal(output, exact)

@@ -69,6 +69,8 @@ class Student:
         plan: what each site is meant to be.
         run: the quantized forward.
         float_model: what the float network stores.
+        shared: parameters may lie in memory of the float network or in a mapped file: they are replaced, not written,
+            when a state is loaded, and nothing may write to them before.
     """
 
     network: nn.Module
@@ -76,6 +78,7 @@ class Student:
     plan: Plan
     run: Run
     float_model: FloatModel
+    shared: bool = False
 
     def layer(self, site: str) -> QuantizedLayer:
         """The quantized layer at a site."""
@@ -114,9 +117,18 @@ def tapped_run(network: nn.Module, graph: CapturedGraph, taps: Sequence[str]) ->
     return run
 
 
-def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
-    """Copy the network and make its planned sites quantized layers, still without quantizers."""
-    network = copy.deepcopy(task.network)
+def build_student(task: Task, captured: CapturedGraph, plan: Plan, *, share: bool = False) -> Student:
+    """Copy the network and make its planned sites quantized layers, still without quantizers.
+
+    Args:
+        task: holds the network.
+        captured: its graph.
+        plan: what each site is meant to be.
+        share: leave the parameters' values where the float network has them, as ``Student.shared`` says.
+    """
+    parameters = task.network.parameters() if share else ()
+    own = {id(value): nn.Parameter(value.detach(), requires_grad=False) for value in parameters}
+    network = copy.deepcopy(task.network, memo=own)  # copies all but these
     names = [entry.site.name for entry in plan.layers]
     graph = insert_quantizers(network, captured, names, task.timestep_input)
     if plan.attentions:
@@ -125,7 +137,7 @@ def build_student(task: Task, captured: CapturedGraph, plan: Plan) -> Student:
     _untie(network, names)
     run = tapped_run(network, graph, ())
     float_model = FloatModel.of(task.network)
-    return Student(network.requires_grad_(False), graph, plan, lambda inputs: run(inputs)[0], float_model)
+    return Student(network.requires_grad_(False), graph, plan, lambda inputs: run(inputs)[0], float_model, share)
 
 
 def _untie(network: nn.Module, layers: Sequence[str]) -> None:
@@ -200,7 +212,9 @@ def fill(student: Student, state: Mapping[str, Tensor]) -> None:
         layer.branch = None
         if factor is not None:
             layer.add_branch(factor.shape[1])
-    student.network.load_state_dict(dict(state))
+    device = next(student.network.parameters()).device
+    state = {name: value.to(device) for name, value in state.items()} if student.shared else dict(state)
+    student.network.load_state_dict(state, assign=student.shared)
 
 
 def add_adapters(student: Student, spec: AdapterSpec, seed: int) -> None:

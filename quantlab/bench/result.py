@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import escape
+
 from quantlab.bench.cells import Cell
 from quantlab.bench.file import BenchFile
 from quantlab.report.formats import Table, TableFormat
@@ -13,6 +15,7 @@ from quantlab.report.html import BenchCell, BenchReport, save_bench_html
 from quantlab.report.records import summary_records
 from quantlab.report.sources import SUMMARY, ValuedRow, read_result, read_run
 from quantlab.report.summary import FailedCell, Summary, summarize
+from quantlab.report.tables import html_of
 from quantlab.store import atomic_write_json, atomic_write_text
 
 FAILED_SUFFIX = ".failed.txt"
@@ -53,6 +56,9 @@ class BenchResult:
     def table(self, wanted: TableFormat = TableFormat.MARKDOWN) -> str:
         """The summary as text."""
         return self._table().render(wanted)
+
+    def _repr_html_(self) -> str:
+        return html_of(self.summary().cells()) + "".join(f"<pre>{escape(note)}</pre>" for note in self.notes)
 
     def write(self) -> None:
         """Write the summary in every format beside the results."""

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration.collect import first_pairs
+from quantlab.contracts.check import check_pairs, plugin_call
 from quantlab.contracts.model import CalibrationSet, Task
 from quantlab.contracts.sampler import CalibrationPairs, CalibrationSampler, SamplerProblem
 from quantlab.contracts.tuning import TappedRun
-from quantlab.errors import PluginError, RecipeError
+from quantlab.errors import RecipeError
 
 Tap = Callable[[str], TappedRun]
 """The float network's forward that also returns the output of the module at a path."""
@@ -46,8 +47,9 @@ def choose_pairs(
         features=lambda path, count: step_features(task, calibration, tap(path), path, count),
         rng=rng,
     )
-    pairs = sampler.choose(problem)
-    _check(sampler, problem, pairs)
+    with plugin_call("sampler", sampler, "choose"):
+        pairs = sampler.choose(problem)
+    check_pairs(sampler, problem, pairs)
     return pairs
 
 
@@ -74,20 +76,3 @@ def step_features(task: Task, calibration: CalibrationSet, run: TappedRun, path:
     with torch.no_grad():
         steps = (calibration.step(index, slice(samples)) for index in range(calibration.num_steps))
         return torch.stack([run(task.network_inputs(step))[1][path] for step in steps])
-
-
-def _check(sampler: CalibrationSampler, problem: SamplerProblem, pairs: CalibrationPairs) -> None:
-    """A sampler must return sorted pairs that were recorded, no more than the budget."""
-    where, sizes = f'sampler "{sampler.name}"', (len(pairs.steps), len(pairs.samples))
-    if sizes[0] != sizes[1] or not 1 <= sizes[0] <= problem.budget:
-        raise PluginError(
-            "a sampler must return as many steps as trajectories, within the budget",
-            where=where,
-            got=f"{sizes[0]} steps, {sizes[1]} trajectories",
-            allowed=f"1 to {problem.budget}",
-        )
-    keys = pairs.steps * problem.num_samples + pairs.samples
-    recorded = bool(((pairs.samples >= 0) & (pairs.samples < problem.num_samples)).all())
-    recorded = recorded and bool(((pairs.steps >= 0) & (pairs.steps < len(problem.timesteps))).all())
-    if not recorded or bool((keys.diff() <= 0).any()):
-        raise PluginError("a sampler must return recorded pairs, sorted and each once", where=where)

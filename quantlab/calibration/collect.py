@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Task
+from quantlab.calibration.parts import row_parts
+from quantlab.calibration.spill import Spill, Streaming
+from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Inputs, Run, Task
 from quantlab.contracts.sampler import CalibrationPairs
+from quantlab.contracts.site import Site, SiteKind
 from quantlab.errors import NonFiniteError, QuantlabError
 from quantlab.quant.attention import QuantizedAttention, operands
 
@@ -82,48 +85,117 @@ def collect_inputs(
     seen: dict[str, list[Tensor]] = {name: [] for name in sites}
 
     def keep(name: str, x: Tensor) -> None:
-        if not torch.isfinite(x).all():
-            raise NonFiniteError("the input holds NaN or infinity during calibration", where=f"site {name}")
+        _require_finite(x, name)
         seen[name].append(x)
 
     watch_inputs(network, sites, keep, forward)
-    silent = [name for name, inputs in seen.items() if not inputs]
-    if silent:
-        raise QuantlabError(
-            "a site was never reached during calibration", where=f"site {silent[0]}", next_step='keep it "float"'
-        )
+    _require_reached(name for name, inputs in seen.items() if not inputs)
     return {name: tuple(inputs) for name, inputs in seen.items()}
 
 
+class SpilledInputs(Mapping[str, tuple[Tensor, ...]]):
+    """The inputs of every site as ``collect_inputs`` gives them, from forwards of parts of the batch, on disk.
+
+    Args:
+        network: that holds the sites.
+        sites: layers; those without the samples in dimension 0 see one row after another.
+        forward: of the network.
+        inputs: of the whole batch.
+        streaming: rows of a part, and where the files go.
+
+    Raises:
+        NonFiniteError: a site's input holds NaN or infinity.
+        QuantlabError: a site was not reached.
+    """
+
+    def __init__(
+        self, network: nn.Module, sites: Sequence[Site], forward: Run, inputs: Inputs, streaming: Streaming
+    ) -> None:
+        self._calls = dict.fromkeys((site.name for site in sites), 0)
+        self._spill = Spill[tuple[str, int]](streaming.folder, next(network.parameters()).device)
+        by_name = {site.name: site for site in sites}
+        for part in row_parts(inputs, streaming.rows):
+            self._calls = dict.fromkeys(self._calls, 0)
+
+            def keep(name: str, x: Tensor) -> None:
+                _require_finite(x, name)
+                rows_first = by_name[name].has_samples_first or by_name[name].kind is SiteKind.CONV
+                self._spill.append((name, self._calls[name]), x if rows_first else x.reshape(-1, x.shape[-1]))
+                self._calls[name] += 1
+
+            watch_inputs(network, list(by_name), keep, lambda: forward(part))  # noqa: B023
+        _require_reached(name for name, calls in self._calls.items() if not calls)
+
+    def __getitem__(self, name: str) -> tuple[Tensor, ...]:
+        return tuple(self._spill[name, call] for call in range(self._calls[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+
+def _require_finite(x: Tensor, site: str) -> None:
+    if not torch.isfinite(x).all():
+        raise NonFiniteError("the input holds NaN or infinity during calibration", where=f"site {site}")
+
+
+def _require_reached(silent: Iterable[str]) -> None:
+    for name in silent:
+        raise QuantlabError(
+            "a site was never reached during calibration", where=f"site {name}", next_step='keep it "float"'
+        )
+
+
+Operands = Mapping[tuple[str, str], Tensor]
+"""The float tensors of attentions, by site and slot."""
+
+
 def collect_operands(
-    attentions: Mapping[str, QuantizedAttention], forward: Callable[[], object]
-) -> Mapping[str, Mapping[str, Tensor]]:
-    """The float tensor of every slot of every attention in one forward; none runs without attentions.
+    attentions: Mapping[str, QuantizedAttention], forward: Run, inputs: Inputs, streaming: Streaming | None = None
+) -> Operands:
+    """The float tensor of every slot of every attention; nothing runs without attentions.
+
+    Args:
+        attentions: by site.
+        forward: of the network that holds them.
+        inputs: of the whole batch.
+        streaming: parts of the batch and tensors on disk; None: one forward, in memory.
 
     Raises:
         NonFiniteError: one of them holds NaN or infinity.
         QuantlabError: an attention was not reached.
     """
-    seen: dict[str, Mapping[str, Tensor]] = {}
+    if not attentions:
+        return {}
+    device = next(iter(inputs.values())).device
+    held: dict[tuple[str, str], Tensor] = {}
+    spill = None if streaming is None else Spill[tuple[str, str]](streaming.folder, device)
+    reached: set[str] = set()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def keep(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            seen[name] = operands(*arguments, **keywords)
+            reached.add(name)
+            for slot, x in operands(*arguments, **keywords).items():
+                if not torch.isfinite(x).all():
+                    raise NonFiniteError("the tensor holds NaN or infinity", where=f"site {name}, {slot}")
+                if spill is None:
+                    held[name, slot] = x
+                else:
+                    spill.append((name, slot), x)
 
         return keep
 
     handles = [each.register_forward_pre_hook(hook(name), with_kwargs=True) for name, each in attentions.items()]
     try:
         with torch.no_grad():
-            if attentions:
-                forward()
+            for part in row_parts(inputs, None if streaming is None else streaming.rows):
+                forward(part)
     finally:
         for handle in handles:
             handle.remove()
     for name in attentions:
-        if name not in seen:
+        if name not in reached:
             raise QuantlabError("an attention was never reached during calibration", where=f"site {name}")
-        for slot, x in seen[name].items():
-            if not torch.isfinite(x).all():
-                raise NonFiniteError("the tensor holds NaN or infinity", where=f"site {name}, {slot}")
-    return seen
+    return held if spill is None else spill

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +27,10 @@ PATCH_ELEMENTS = 1 << 22
 """Elements of patches in memory at once."""
 INPUT_SEARCH_ELEMENTS = 8192
 """Elements of an input on which the MSE search for its range judges candidates."""
+CLOSE_ERRORS = 1e-3
+"""Output errors that differ relatively by less are compared by ``output_error`` itself."""
+ROUNDING_ENERGY = 1e-9
+"""Output errors below this part of the output's mean square may be rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +122,17 @@ class TensorSiteData(SiteData):
     Args:
         records: the sites' tensors.
         scores: what was computed for the policies beforehand.
+        one_site: keep outputs, quantized inputs and Gram matrices of the last site alone, for records made on demand.
     """
 
     def __init__(
         self,
         records: Mapping[str, SiteRecord],
         scores: Mapping[ScoreRequest, Mapping[str, Tensor]] | None = None,
+        *,
+        one_site: bool = False,
     ) -> None:
+        self._one_site, self._last = one_site, ""
         self._records = records
         self._scores = scores or {}
         self._moments: dict[str, Tensor] = {}
@@ -152,6 +161,7 @@ class TensorSiteData(SiteData):
 
     def input_gram(self, site: str) -> Tensor:
         """E[x x^T] of what the weights multiply, float64 [groups, n, n]."""
+        self._visit(site)
         if site not in self._grams:
             self._grams[site] = _mean_of(
                 self._records[site], lambda rows: torch.einsum("rgi,rgj->gij", rows, rows).double()
@@ -179,7 +189,44 @@ class TensorSiteData(SiteData):
             return squared[0].mean().item()
         return sum(part.double().sum().item() for part in squared) / sum(part.numel() for part in squared)
 
+    def best_bits(self, site: str, candidates: Sequence[Tensor], observer: Observer, input_bits: int | None) -> int:
+        """Index of the candidate with the least ``output_error``; the first of equals.
+
+        An output channel's error depends on its own bits alone. So one product of the inputs for each width gives the
+        errors of all candidates, however many; those too close to tell apart are judged by ``output_error``.
+        """
+        widths = sorted(set(torch.cat(list(candidates)).tolist()))
+        if len(candidates) <= len(widths):
+            return super().best_bits(site, candidates, observer, input_bits)
+        outputs = self._float_outputs(site)
+        inputs = list(self.inputs(site)) if input_bits is None else self._inputs_at(site, input_bits)
+        errors = {width: self._channel_errors(site, width, observer, inputs) for width in widths}
+        total = torch.stack([sum((errors[w] * (bits == w)).sum() for w in widths) for bits in candidates])  # type: ignore[misc]
+        energy = sum(y.square().sum(dtype=torch.float64) for y in outputs)
+        bound = total.nan_to_num(nan=math.inf).min() * (1 + CLOSE_ERRORS) + ROUNDING_ENERGY * energy
+        close = [index for index, error in enumerate(total) if not error > bound]
+        chosen = [candidates[index] for index in close]
+        return close[super().best_bits(site, chosen, observer, input_bits) if len(close) > 1 else 0]
+
+    def _channel_errors(self, site: str, width: int, observer: Observer, inputs: Sequence[Tensor]) -> Tensor:
+        """Squared errors of every output channel when all have this width, summed over the rest: float64 [out]."""
+        record = self._records[site]
+        weight = self.quantized_weight(site, torch.full((len(record.weight),), width, dtype=torch.int8), observer)
+        squared = (
+            record.compute(x, weight).sub_(y).square_().movedim(record.channel_dim, -1).flatten(0, -2).double().sum(0)
+            for x, y in zip(inputs, self._float_outputs(site), strict=True)
+        )
+        return cast(Tensor, sum(squared))
+
+    def _visit(self, site: str) -> None:
+        """Drop the large tensors of other sites, where only one site's are kept."""
+        if self._one_site and site != self._last:
+            for kept in (self._grams, self._outputs, self._quantized_inputs):
+                kept.clear()
+        self._last = site
+
     def _float_outputs(self, site: str) -> list[Tensor]:
+        self._visit(site)
         if site not in self._outputs:
             record = self._records[site]
             self._outputs[site] = [record.compute(x, record.weight) for x in record.inputs]
@@ -206,6 +253,7 @@ class TensorSiteData(SiteData):
         return self._scales[key]
 
     def _inputs_at(self, site: str, width: int) -> list[Tensor]:
+        self._visit(site)
         key = (site, width)
         if key not in self._quantized_inputs:
             inputs = list(self.inputs(site))

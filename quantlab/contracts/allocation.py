@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,15 @@ class SiteData(ABC):
             observer: how the scales of the weights are found.
             input_bits: bits of a per-tensor input quantizer found with MSE, or None for float inputs.
         """
+
+    def best_bits(self, site: str, candidates: Sequence[Tensor], observer: Observer, input_bits: int | None) -> int:
+        """Index of the candidate bits, int8 [out] each, with the least ``output_error``; the first of equals."""
+        best, best_error = 0, math.inf
+        for index, bits in enumerate(candidates):
+            error = self.output_error(site, bits, observer, input_bits)
+            if error < best_error:
+                best, best_error = index, error
+        return best
 
 
 class Resource(StrEnum):

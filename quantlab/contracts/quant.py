@@ -73,6 +73,7 @@ class QParams:
         timesteps: the calibrated timesteps [T] of a per-timestep table, or None.
         round_zero_point: the zero points are integers; otherwise they are free floats.
         split: sizes of the parts that have scales of their own; () for a tensor in one piece.
+        scale_bytes: of one scale in a file; the scales are values that so many bytes hold.
     """
 
     scale: Tensor
@@ -83,3 +84,4 @@ class QParams:
     timesteps: Tensor | None = None
     round_zero_point: bool = True
     split: tuple[int, ...] = ()
+    scale_bytes: int = 4

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from quantlab.contracts.quant import QParams, QuantSpec
+    from quantlab.contracts.sections import Pack
 
 
 class Quantizer(nn.Module):
@@ -55,6 +56,12 @@ class Quantizer(nn.Module):
 
     def round_parameters(self) -> None:
         """Put parameters that forward rounds at their rounded values, in place; forward gives the same as before."""
+
+    def store_as(self, settings: Pack) -> None:
+        """Put parameters, in place and for good, at values that a file with these settings holds.
+
+        A format that cannot be packed has nothing to do.
+        """
 
     def constrain(self) -> None:
         """Bring parameters back to where they must be, in place; called after every step of an optimizer."""

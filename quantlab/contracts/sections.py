@@ -103,14 +103,25 @@ class Budget(Strict):
 class Sampling(Strict):
     """How images are drawn, for calibration, tuning and evaluation alike."""
 
-    scheduler: Literal["ddim"] = "ddim"
+    scheduler: Literal["ddim", "flow-euler"] = Field(
+        default="ddim", description="flow-euler is for networks that predict velocities, such as SD3 and Flux"
+    )
     steps: int = Field(default=20, ge=1, le=1000)
     eta: float = Field(default=0.0, ge=0, le=1)
     guidance: float = Field(default=1.0, ge=0, description="1 is no classifier-free guidance")
 
 
+class RecordedDtype(StrEnum):
+    """What recorded floats are on disk."""
+
+    NETWORK = "network"
+    """As the network computes them."""
+    FLOAT16 = "float16"
+    """Half precision; they are the network's dtype again when they are read."""
+
+
 class Calibrate(Strict):
-    """What the float model is recorded on."""
+    """What the float model is recorded on, and how much of it is in memory at once."""
 
     trajectories: int = Field(default=256, ge=1, description="float sampling trajectories recorded")
     samples: int = Field(
@@ -119,6 +130,12 @@ class Calibrate(Strict):
     sampler: Choice | None = Field(
         default=None, description="chooses as many inputs another way; none: the first trajectories at every step"
     )
+    batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows in one forward that records or measures, what sites see kept on disk; none: all, in memory",
+    )
+    dtype: RecordedDtype = Field(default=RecordedDtype.NETWORK, description="of recorded floats on disk")
 
 
 class Weights(Strict):
@@ -158,6 +175,35 @@ class Tune(Strict):
     def steps(self, share: float) -> int:
         """Optimizer steps of a stage that gets this share of the iterations: at least one, unless either is 0."""
         return max(1, round(share * self.iterations)) if share * self.iterations > 0 else 0
+
+
+class ScaleType(StrEnum):
+    """The type that scales are stored in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+class FreeZeroPoints(StrEnum):
+    """What becomes of zero points that are not integers, which no packed file holds."""
+
+    REFUSE = "refuse"
+    """The model stays as it is and is not packed."""
+    ROUND = "round"
+    """They are rounded before the model is evaluated."""
+
+
+class Pack(Strict):
+    """What the finished model is brought to before it is evaluated, so that the packed file is the evaluated model."""
+
+    scales: ScaleType = Field(default=ScaleType.FLOAT32, description="float16 rounds the scales to it")
+    free_zero_points: FreeZeroPoints = Field(
+        default=FreeZeroPoints.REFUSE, description="of methods with round_zero_point: false"
+    )
+
+
+AS_IT_IS = Pack()
+"""Nothing is changed for the file."""
 
 
 class Features(StrEnum):

@@ -40,7 +40,7 @@ class Site:
         weight_shape: [out, in / groups, *kernel], or None for an operation without a weight.
         macs: multiply-accumulates of one forward at batch 1, all calls together.
         slots: the quantizable inputs.
-        tags: roles found from the graph: "first", "last", "time_embed", "skip", "attention.query", ...
+        tags: roles found from the graph: "first", "last", "time_embed", "modulation", "skip", "attention.query", ...
         block: path of the block that holds the site ("up_blocks.2"), or the site's own name outside any block.
         groups: groups of a convolution.
         split: input channels of each tensor that a skip concatenation before the site joins; () without one.

@@ -74,11 +74,15 @@ class Loss(ABC):
     """A calibration loss between student and teacher.
 
     Reductions: a sum over everything, as in the released code, unless its Config says otherwise.
+
+    Attributes:
+        needs_timestep: it works along the steps of a denoiser, and means nothing for another network.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
+    needs_timestep: ClassVar[bool] = False
     Config: ClassVar[type[BaseModel]]
 
     @abstractmethod
@@ -181,11 +185,16 @@ class TuneResult:
 
 
 class Tuner(ABC):
-    """Trains the quantized network."""
+    """Trains the quantized network.
+
+    Attributes:
+        needs_timestep: it works along the steps of a denoiser, and means nothing for another network.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
+    needs_timestep: ClassVar[bool] = False
     Config: ClassVar[type[BaseModel]]
 
     @abstractmethod

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantlab.contracts.model import GenerativeTask
+from quantlab.contracts.model import Evidence, GenerativeTask
 from quantlab.contracts.sections import Evaluate, Features
 from quantlab.errors import ModelError
 from quantlab.evaluation.weights import checkpoints, require_package, require_weights
@@ -27,8 +27,10 @@ class FeatureNetwork(ABC):
 
     Attributes:
         identity: what results depend on beyond the task's own judge, for stage keys and the protocol id.
+        offers: what it can say of images.
     """
 
+    offers: Collection[Evidence] = frozenset({Evidence.FEATURES, Evidence.SPATIAL})
     identity: Mapping[str, JSON]
 
     @abstractmethod
@@ -47,6 +49,7 @@ class JudgeNetwork(FeatureNetwork):
 
     def __init__(self, task: GenerativeTask) -> None:
         self.task = task
+        self.offers = frozenset(task.offers)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As the task judges."""

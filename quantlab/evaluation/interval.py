@@ -50,6 +50,19 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
     return Interval(centre, centre - half, centre + half, count)
 
 
+def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22, 209); never outside 0 to 1."""
+    from scipy.stats import norm
+
+    z = float(norm.ppf((1 + confidence) / 2))
+    share, weight = successes / count, z * z / count
+    centre = share + weight / 2
+    half = z * math.sqrt(share * (1 - share) / count + weight / (4 * count))
+    # At a share of 0 or 1 one end is that share itself, but for rounding.
+    low, high = (centre - half) / (1 + weight), (centre + half) / (1 + weight)
+    return (low if successes else 0.0, high if successes < count else 1.0)
+
+
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> Interval | None:

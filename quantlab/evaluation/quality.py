@@ -50,6 +50,7 @@ def quality(task: GenerativeTask, run: Run, samples: int, seed: int, progress: P
         correct += int((logits.argmax(1) == labels[part]).sum())
         progress(min(start + BATCH, samples), samples)
     real = task.reference().features
+    assert real is not None, "a model that ships is judged"
     drawn = torch.cat(features)[: len(real)]
     return Quality(samples, frechet_distance(drawn, real), noise_floor(real, len(drawn), seed), correct / samples)
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pydantic import BaseModel
 from torch import Tensor
 
-from quantlab.contracts.model import GenerativeTask
+from quantlab.contracts.model import Evidence, GenerativeTask, Outcome
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Generated images with everything they are compared with.
+    """Generated images with everything they are compared with; what no metric of the recipe needs is None.
 
     Attributes:
         images: [N, C, H, W] in [-1, 1].
-        labels: the class each image was asked for [N].
+        labels: the class, or the index of the prompt, that each image was asked for [N].
         features: of the images [N, F], by the network that ``evaluate.features`` names.
         logits: of the task's classifier for the images [N, K].
         teacher_images: the float model's images from the same noise [N, C, H, W].
         teacher_features: of the float model's images from other noise [N, F].
         reference_features: of real images [M, F].
-        spatial: spatial features of the images [N, S], for a metric that ``needs_spatial``.
+        spatial: spatial features of the images [N, S].
         reference_spatial: of real images [M, S].
         feature_logits: of the network that gives the features [N, L]; the task's classifier without them.
         prompts: the text that each image was asked for, where a task has prompts.
@@ -33,15 +33,18 @@ class SampleSet:
 
     images: Tensor
     labels: Tensor
-    features: Tensor
-    logits: Tensor
+    features: Tensor | None
+    logits: Tensor | None
     teacher_images: Tensor
-    teacher_features: Tensor
-    reference_features: Tensor
+    teacher_features: Tensor | None
+    reference_features: Tensor | None
     spatial: Tensor | None = None
     reference_spatial: Tensor | None = None
     feature_logits: Tensor | None = None
     prompts: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def pick(self, index: Tensor) -> SampleSet:
         """The set with other images in place of its own; what they are compared with stays."""
@@ -61,15 +64,17 @@ class ImageMetric(ABC):
         paired: it compares each image with the float image of the same noise, and means nothing for other noise.
         resamples: its value over images drawn with replacement tells how it varies; false for neighbourhoods, which
             the same image drawn twice would shrink to nothing.
-        needs_spatial: the sample set must hold spatial features.
+        needs: what the sample set must hold beside the images; of a task, or of the network of ``evaluate.features``.
     """
+
+    outcome: ClassVar[Outcome] = Outcome.IMAGES
 
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
     paired: ClassVar[bool] = False
     resamples: ClassVar[bool] = True
-    needs_spatial: ClassVar[bool] = False
+    needs: ClassVar[Collection[Evidence]] = ()
     Config: ClassVar[type[BaseModel]]
 
     @abstractmethod

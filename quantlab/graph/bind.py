@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,18 @@ from quantlab.graph.run import check_inputs, compile_graph, output_wrapper
 
 ORIGINAL_CLASS = "quantlab_original_class"
 """The attribute of a bound model's class that holds the class it was."""
+_CHANGING = (
+    "add_adapter",
+    "load_lora_adapter",
+    "load_attn_procs",
+    "fuse_lora",
+    "fuse_qkv_projections",
+    "set_attn_processor",
+    "set_attention_backend",
+    "enable_xformers_memory_efficient_attention",
+    "enable_forward_chunking",
+)
+"""Methods of diffusers' models that give them other layers, or another forward, than the graph has."""
 
 
 def bind(model: nn.Module, captured: CapturedGraph, timestep_input: str | None) -> nn.Module:
@@ -24,8 +36,9 @@ def bind(model: nn.Module, captured: CapturedGraph, timestep_input: str | None) 
 
     The model's class becomes a subclass of the same name whose forward runs the graph, so that ``isinstance``,
     ``config``, ``state_dict`` and ``save_pretrained`` go on as before. A timestep given as a number, a 0-dim tensor or
-    [1] is spread over the batch. Called with another non-tensor argument, or another set of tensors, than the graph
-    was captured with, the model raises CaptureError.
+    [1] is spread over the batch, as is any tensor that comes without the batch. Called with another non-tensor
+    argument, or another set of tensors, than the graph was captured with, the model raises CaptureError; methods by
+    which diffusers would change layers or forward behind the graph's back, such as loading a LoRA, raise ModelError.
 
     Args:
         model: the model of the graph, or one of the same structure.
@@ -50,6 +63,7 @@ def bind(model: nn.Module, captured: CapturedGraph, timestep_input: str | None) 
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         ORIGINAL_CLASS: original,
+        **{name: _refusal(name) for name in _CHANGING if hasattr(original, name)},
     }
     model.__class__ = type(original.__name__, (original,), attributes)
     return model
@@ -68,11 +82,30 @@ def unbind(model: nn.Module) -> nn.Module:
     return model
 
 
+def _refusal(name: str) -> Any:
+    """A method that says why it cannot work on a bound model."""
+
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ModelError(
+            f"{name} cannot work here: the model runs a captured graph of its layers as they were, whose bits and "
+            "scales were found for these weights",
+            where=type(self).__name__,
+            next_step="do it to the float model (fuse a LoRA into its weights), and quantize the result",
+        )
+
+    return refuse
+
+
 def _bound_forward(original: type[nn.Module], captured: CapturedGraph, timestep_input: str | None) -> Any:
     signature = inspect.signature(original.forward)
     run = compile_graph(captured, wrap=False)
     wrap = output_wrapper(captured.output_type) if captured.output_type else None
     static = _constants_of(call_arguments(signature, **captured.static))
+    ranks = {
+        str(node.target): len(node.meta["shape"])
+        for node in captured.graph.find_nodes(op="placeholder")
+        if "shape" in node.meta
+    }
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +116,7 @@ def _bound_forward(original: type[nn.Module], captured: CapturedGraph, timestep_
         if timestep_input in flat:
             flat[timestep_input] = _per_sample(flat, timestep_input)
         _check_constants(_constants_of(arguments, besides=timestep_input), static)
-        output = run(self, check_inputs(captured, tensors_of(flat)))
+        output = run(self, check_inputs(captured, _with_batch(tensors_of(flat), ranks)))
         return wrap(output) if wrap is not None and wrapped else output
 
     return forward
@@ -104,6 +137,15 @@ def _check_constants(given: Mapping[str, Any], captured: Mapping[str, Any]) -> N
                 allowed="not given" if name not in captured else repr(captured[name]),
                 next_step="capture the model again with this value as static",
             )
+
+
+def _with_batch(tensors: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """Tensors that lack the dimension of the batch, such as Flux's positions, spread over the others' batch."""
+    batch = next((len(value) for name, value in tensors.items() if value.dim() and value.dim() == ranks.get(name)), 1)
+    return {
+        name: value.expand(batch, *value.shape) if value.dim() + 1 == ranks.get(name) else value
+        for name, value in tensors.items()
+    }
 
 
 def _per_sample(flat: Mapping[str, Any], name: str) -> Tensor:

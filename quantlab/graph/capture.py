@@ -61,6 +61,15 @@ def capture(
     return replace(captured, notes=(*captured.notes, *notes))
 
 
+def capture_once(model: nn.Module, example: Example, static: Mapping[str, object]) -> CapturedGraph:
+    """Record one forward as a graph whose dtypes and batch may be those of the example: enough to find its sites.
+
+    Raises:
+        CaptureError: as ``capture``.
+    """
+    return _trace(model, example, static, frozenset())
+
+
 def _trace(model: nn.Module, example: Example, static: Mapping[str, object], leaves: frozenset[str]) -> CapturedGraph:
     arguments = pytree.tree_map_only(Tensor, torch.clone, dict(example))  # one tensor given twice is two inputs
     tensors = tensors_of(flatten(arguments))

@@ -42,3 +42,15 @@ def call_arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> d
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name)
     return arguments
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call from flat names: ``name__key`` is the entry ``key`` of a dict ``name``."""
+    arguments: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("__")
+        inner = arguments
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return arguments

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.functional import ATTENTION, layer_call
 
-FIRST, LAST, TIME_EMBED, SKIP = "first", "last", "time_embed", "skip"
+FIRST, LAST, TIME_EMBED, MODULATION, SKIP = "first", "last", "time_embed", "modulation", "skip"
 QUERY, KEY, VALUE, OUT = "attention.query", "attention.key", "attention.value", "attention.out"
+TAGS = (FIRST, LAST, TIME_EMBED, MODULATION, SKIP, QUERY, KEY, VALUE, OUT)
 _CONCAT = (torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default)
 _SOFTMAX = (F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 _MATMUL = (torch.matmul, torch.bmm, torch.baddbmm, operator.matmul, torch.ops.aten.matmul.default)
@@ -25,6 +26,7 @@ def find_roles(model: nn.Module, captured: CapturedGraph, timestep: str | None) 
 
     - ``first``, ``last``: the first and last layer on the way from the sample to the output.
     - ``time_embed``: layers that see nothing but the timestep.
+    - ``modulation``: layers that see the timestep with other conditions, never the sample: those of adaptive norms.
     - ``skip``: layers fed by a concatenation of channels, through norms and activations.
     - ``attention.query``, ``.key``, ``.value``, ``.out``: the projections around an attention.
     """
@@ -146,8 +148,12 @@ class _RoleFinder:
 
     def _time_embedding(self) -> Iterator[tuple[str, str]]:
         for node, path in self.layers.items():
-            if self.timestep is not None and self.sources[node] == {self.timestep}:
+            if self.timestep is None or self.timestep not in self.sources[node]:
+                continue
+            if self.sources[node] == {self.timestep}:
                 yield path, TIME_EMBED
+            elif not self._from_sample(node):
+                yield path, MODULATION
 
     def splits(self) -> dict[str, tuple[int, ...]]:
         """Parts of the skip concatenations, by the path of the layers they feed."""

@@ -207,5 +207,8 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         case "ellipsis":
             return Ellipsis
         case "torch":
-            return getattr(torch, content)
+            found = getattr(torch, content)
+            if not isinstance(found, _TORCH_VALUES):
+                raise ValueError(f"torch.{content} is no value of a graph")
+            return found
     raise ValueError(f"unknown kind of value {kind!r}")

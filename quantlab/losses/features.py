@@ -20,7 +20,7 @@ class FeaturesConfig(LossConfig):
     feature: str | None = Field(
         default=None, description="path of the module whose output is compared; none: last block"
     )
-    reduction: Reduction = Reduction.SUM
+    reduction: Reduction = Field(default=Reduction.SUM, description="over elements")
 
 
 class FeaturesLoss(Loss):

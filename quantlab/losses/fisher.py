@@ -32,7 +32,7 @@ class FisherConfig(LossConfig):
     feature: str | None = Field(
         default=None, description="path of the module whose output is compared; none: the prediction"
     )
-    reduction: Reduction = Reduction.SUM
+    reduction: Reduction = Field(default=Reduction.SUM, description="over elements")
 
 
 class FisherLoss(Loss):

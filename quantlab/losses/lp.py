@@ -17,7 +17,7 @@ class LpConfig(LossConfig):
     """Options of the power of the error."""
 
     p: float = Field(default=2.4, ge=1, description="exponent; below 1 the gradient at 0 is infinite")
-    reduction: Reduction = Reduction.SUM
+    reduction: Reduction = Field(default=Reduction.SUM, description="over elements")
 
 
 class LpLoss(Loss):

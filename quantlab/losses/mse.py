@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from quantlab.contracts.schedule import LossConfig
@@ -15,7 +16,7 @@ from quantlab.losses.reduction import Reduction, reduce
 class MseConfig(LossConfig):
     """Options of the squared error."""
 
-    reduction: Reduction = Reduction.SUM
+    reduction: Reduction = Field(default=Reduction.SUM, description="over elements")
 
 
 class MseLoss(Loss):

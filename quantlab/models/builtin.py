@@ -12,14 +12,26 @@ from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
 from quantlab.contracts.correction import FittedCorrection
-from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run, TrainingBatch
+from quantlab.contracts.model import (
+    CalibrationSet,
+    Evidence,
+    GenerativeTask,
+    Inputs,
+    Progress,
+    Reference,
+    Run,
+    Task,
+    TrainingBatch,
+)
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import RecipeError, nearest
-from quantlab.sampling import SampleStep, Schedule
-from quantlab.store import digest_of, digest_of_file
+from quantlab.models.classifier import ClassifierTask, TensorImages
+from quantlab.sampling import SampleStep, Schedule, recorded
+from quantlab.store import JSON, digest_of, digest_of_file
 from quantlab.zoo.denoiser import Noised, add_noise, noise_schedule
 from quantlab.zoo.description import TRAIN_TIMESTEPS, DenoiserModel, Draw
-from quantlab.zoo.models import DENOISERS, load_denoiser, load_judge, weights_path
+from quantlab.zoo.models import DENOISERS, VISION, load_denoiser, load_judge, load_vision, weights_path
+from quantlab.zoo.vision import VisionModel
 
 
 class BuiltinConfig(Strict):
@@ -32,35 +44,48 @@ class BuiltinSource:
     name: ClassVar[str] = "builtin"
     paper: ClassVar[str | None] = None
     version: ClassVar[int] = 1
-    models: ClassVar[Collection[str]] = tuple(DENOISERS)
+    models: ClassVar[Collection[str]] = (*DENOISERS, *VISION)
     Config = BuiltinConfig
 
     def __init__(self, config: BuiltinConfig) -> None:
         self.config = config
 
-    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> BuiltinTask:
+    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> Task:
         """A task by the model's name, its network on ``device`` in ``dtype``.
 
         Raises:
             RecipeError: no model has this name.
             ModelError: its weights cannot be read.
         """
-        if model.name not in DENOISERS:
+        if model.name not in self.models:
             raise RecipeError(
                 "there is no such model",
                 where="model.name",
                 got=model.name,
-                allowed=", ".join(DENOISERS),
-                next_step=nearest(model.name, DENOISERS),
+                allowed=", ".join(self.models),
+                next_step=nearest(model.name, self.models),
             )
         weights = Path(model.weights) if model.weights else None
+        if model.name in VISION:
+            return vision_task(VISION[model.name], device, dtype, weights)
         return BuiltinTask(DENOISERS[model.name], sampling, device, dtype, weights)
 
     def identity(self, model: Model) -> str:
-        """Hash of the weights of the network and of its judge."""
+        """Hash of the weights of the network, and of its judge if it has one."""
         network = Path(model.weights) if model.weights else weights_path(model.name)
-        files = (network, weights_path(DENOISERS[model.name].judge.name))
+        judges = [weights_path(DENOISERS[model.name].judge.name)] if model.name in DENOISERS else []
+        files = (network, *judges)
         return digest_of([digest_of_file(file) if file.is_file() else "missing" for file in files])
+
+
+def vision_task(
+    model: VisionModel, device: torch.device, dtype: torch.dtype, weights: Path | None = None
+) -> ClassifierTask:
+    """A classifier of the zoo: calibrated on the images it was trained on, measured on those it has not seen."""
+    parts = [TensorImages(images, labels, model.num_classes) for images, labels in model.split()]
+    return ClassifierTask(
+        load_vision(model, weights), model.num_classes, model.image_shape, parts[1], parts[0], device, dtype
+    )
 
 
 class BuiltinTask(GenerativeTask):
@@ -77,6 +102,8 @@ class BuiltinTask(GenerativeTask):
         ModelError: weights cannot be read, or are those of another model.
     """
 
+    offers: Collection[Evidence] = frozenset(Evidence)
+
     def __init__(
         self,
         model: DenoiserModel,
@@ -86,7 +113,7 @@ class BuiltinTask(GenerativeTask):
         weights: Path | None = None,
     ) -> None:
         self.name, self.device, self.dtype = model.name, device, dtype
-        self.data, self.judged_by, self.drop_label = model.data, model.judge, model.settings.drop_label
+        self.data, self.judge_model, self.drop_label = model.data, model.judge, model.settings.drop_label
         self.network = load_denoiser(model, weights)
         # Not diffusers' own ``to``, which warns about an empty list of modules.
         nn.Module.to(self.network, device=device, dtype=dtype)
@@ -128,9 +155,9 @@ class BuiltinTask(GenerativeTask):
         """The noise prediction, guidance included."""
         return self.combine(run(self.network_inputs(inputs)), inputs)
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         """Trajectories from noise to image, classes in turn."""
-        noise = torch.randn(num_samples, *self.data.image_shape, generator=rng).to(self.device, self.dtype)
+        noise = torch.randn(len(samples), *self.data.image_shape, generator=rng).to(self.device, self.dtype)
         steps: list[SampleStep] = []
 
         def keep(step: SampleStep) -> None:
@@ -138,10 +165,13 @@ class BuiltinTask(GenerativeTask):
             progress(step.index + 1, self.schedule.settings.steps)
 
         with torch.no_grad():
-            conditions = {"class_labels": self.labels(num_samples)}
+            conditions = {"class_labels": self.labels(samples.stop)[samples.start :]}
             self.schedule.sample(lambda inputs: self.predict(run, inputs), noise, conditions, rng, keep)
-        inputs = {name: torch.stack([step.inputs[name] for step in steps]) for name in steps[0].inputs}
-        return CalibrationSet(inputs, torch.stack([step.prediction for step in steps]))
+        return recorded(steps)
+
+    def calibration_source(self, num_samples: int) -> Mapping[str, JSON]:
+        """The classes, in turn."""
+        return {"model": self.name, "classes_in_turn": min(num_samples, self.data.num_classes)}
 
     @cached_property
     def _draw(self) -> Draw:
@@ -210,5 +240,5 @@ class BuiltinTask(GenerativeTask):
 
     @cached_property
     def _reference(self) -> Reference:
-        digest = digest_of([digest_of_file(weights_path(self.judged_by.name)), self.data.digest(self._real)])
+        digest = digest_of([digest_of_file(weights_path(self.judge_model.name)), self.data.digest(self._real)])
         return Reference(self.judge(self._real.to(self.device))[0], self.data.real_name, digest)

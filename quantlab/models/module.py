@@ -116,7 +116,7 @@ class ModuleTask(Task):
 
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
         """The first rows of the batches, repeated when there are too few."""
-        rows = torch.arange(batch) % len(next(iter(self._inputs.values())))
+        rows = torch.arange(batch) % self.available_samples
         return {name: value[rows].clone() for name, value in self._inputs.items()}
 
     def network_inputs(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -127,10 +127,17 @@ class ModuleTask(Task):
         """The output as it is."""
         return output
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
-        """The batches as one step, at most ``num_samples`` of their rows, drawn without replacement."""
-        rows = len(next(iter(self._inputs.values())))
-        pick = torch.randperm(rows, generator=rng)[:num_samples].sort().values
+    @property
+    def available_samples(self) -> int:
+        """The rows of all batches."""
+        return len(next(iter(self._inputs.values())))
+
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+        """The batches as one step, ``samples`` of their rows in an order that is drawn without replacement."""
+        # From the generator's seed, not its state, which moves on: all parts must draw from one order.
+        own = torch.Generator().manual_seed(rng.initial_seed())
+        order = torch.randperm(self.available_samples, generator=own)
+        pick = order[samples.start : samples.stop].sort().values
         inputs = {name: value[pick] for name, value in self._inputs.items()}
         with torch.no_grad():
             output = run(inputs)

@@ -2,13 +2,15 @@
 
 Weights lie packed at their own bits, a site's channels of one width together and rounded up to whole bytes. A site
 with mixed widths stores its width for every channel in 3 bits. Scales and smoothing scales are float32, as the model
-computes with them. A rounded zero point is an integer as wide as its site's values need, a free one float32.
+computes with them, unless the recipe has scales rounded to float16. A rounded zero point is an integer as wide as its
+site's values need, a free one float32.
 A format of its own says what it stores besides.
 Activations store a scale and a zero point for each slot and calibrated timestep and, where they depend on the
 timestep, the timestep in 2 bytes; corrections of the sampler store their tensors and such a timestep for each recorded
 step. Where the parts of a skip concatenation are quantized apart, each has its own scales in the activation and in the
 weight that reads it. Everything that stays float (biases, norms, embeddings, float sites, buffers) has the float
 model's own width and is counted once however many modules share it. A low-rank branch stores its factors in float16.
+A packed file's tensors have exactly this size; its description and its graph come on top.
 One bit operation is one bit of the weight, or of the other operand where two activations are multiplied, times one bit
 of the activation in one multiply-accumulate; those of a branch are counted at 16 times 16 bits, as multiply-accumulates
 that are not quantized.
@@ -92,6 +94,8 @@ class SiteCost:
         per_timestep: the input's scale depends on the timestep.
         weight_zero_point_bytes: of one zero point of the weight, see ``zero_point_bytes``.
         activation_zero_point_bytes: of one zero point of the input.
+        weight_scale_bytes: of one scale of the weight.
+        activation_scale_bytes: of one scale of the input.
         weight_scales_per_channel: 1, or the parts of a skip concatenation that are quantized apart.
         smoothing_channels: input channels with a smoothing scale, 0 for none.
         adapter_bytes: of an adapter that is not merged.
@@ -111,6 +115,8 @@ class SiteCost:
     per_timestep: bool = False
     weight_zero_point_bytes: int = 1
     activation_zero_point_bytes: int = 1
+    weight_scale_bytes: int = SCALE_BYTES
+    activation_scale_bytes: int = SCALE_BYTES
     weight_scales_per_channel: int = 1
     smoothing_channels: int = 0
     adapter_bytes: int = 0
@@ -200,7 +206,7 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
     products = [product for site in sites for product in site.products if FLOAT_BITS not in product.bits]
     return Accounting(
         weight_bytes=sum(packed_bytes(site.weight_bits, site.weights_per_channel) for site in quantized),
-        scale_bytes=sum(SCALE_BYTES * _weight_scales(site) for site in quantized)
+        scale_bytes=sum(site.weight_scale_bytes * _weight_scales(site) for site in quantized)
         + sum(site.extra_bytes for site in sites),
         zero_point_bytes=sum(site.weight_zero_point_bytes * _weight_scales(site) for site in quantized),
         index_bytes=sum(index_bytes(len(site.weight_bits)) for site in quantized if _is_mixed(site)),
@@ -220,13 +226,16 @@ def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:
 
 def zero_point_bytes(zero_point: Tensor, rounded: bool) -> int:
     """Bytes of one zero point: the smallest integer, signed or not, that holds a tensor's, float32 for free ones."""
-    if not rounded:
-        return FREE_ZERO_POINT_BYTES
+    return zero_point_dtype(zero_point).itemsize if rounded else FREE_ZERO_POINT_BYTES
+
+
+def zero_point_dtype(zero_point: Tensor) -> torch.dtype:
+    """The smallest integer type that holds a tensor's rounded zero points."""
     for kind in (torch.uint8, torch.int8, torch.uint16, torch.int16):
         limits = torch.iinfo(kind)
         if bool(((zero_point >= limits.min) & (zero_point <= limits.max)).all()):
-            return limits.bits // 8
-    return 4
+            return kind
+    return torch.int32
 
 
 def packed_bytes(bits: Tensor, weights_per_channel: int) -> int:
@@ -257,12 +266,13 @@ def _weight_scales(site: SiteCost) -> int:
 def _activation_bytes(site: SiteCost) -> int:
     if site.products:
         return site.operand_bytes
-    return table_bytes(site.activation_entries, site.activation_zero_point_bytes, site.per_timestep)
+    zero_point_bytes, scale_bytes = site.activation_zero_point_bytes, site.activation_scale_bytes
+    return table_bytes(site.activation_entries, zero_point_bytes, site.per_timestep, scale_bytes)
 
 
-def table_bytes(entries: int, zero_point_bytes: int, per_timestep: bool) -> int:
+def table_bytes(entries: int, zero_point_bytes: int, per_timestep: bool, scale_bytes: int = SCALE_BYTES) -> int:
     """Bytes of the table of an activation: scales, zero points, and timesteps where they depend on them."""
-    return (SCALE_BYTES + zero_point_bytes + (TIMESTEP_BYTES if per_timestep else 0)) * entries
+    return (scale_bytes + zero_point_bytes + (TIMESTEP_BYTES if per_timestep else 0)) * entries
 
 
 def _bit_operations(site: SiteCost) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantlab.contracts.quantizer import Quantizer
+from quantlab.contracts.sections import Pack
 
 QUERY, KEY, VALUE, PROBABILITIES = "query", "key", "value", "probabilities"
 
@@ -56,6 +57,11 @@ class QuantizedAttention(nn.Module):
         """Put parameters that the quantizers round at their rounded values."""
         for quantizer in self.quantizers.values():
             cast(Quantizer, quantizer).round_parameters()
+
+    def store_as(self, settings: Pack) -> None:
+        """Put the parameters of every quantizer at values that a file holds."""
+        for quantizer in self.quantizers.values():
+            cast(Quantizer, quantizer).store_as(settings)
 
     def _quantized(self, slot: str, x: Tensor, timestep: Tensor | None) -> Tensor:
         return self.quantizers[slot](x, timestep) if slot in self.quantizers else x

@@ -6,51 +6,96 @@ x_hat = scale * (q - zero_point), with integer codes q in [0, quant_max]. Roundi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quantlab.contracts.quant import Observer
-from quantlab.errors import NonFiniteError
+from quantlab.errors import NonFiniteError, QuantlabError
+from quantlab.quant.compiled import compiled_for
+from quantlab.quant.mse import mse_search
 
-NUM_CANDIDATES = 80
-"""Shrunken ranges that the MSE search tries: 1.00, 0.99, ..., 0.21 of the full range."""
-MSE_POWER = 2.4
-"""Exponent of the error that the MSE search minimises."""
 MIN_SCALE = 1e-8
 """Smallest scale: of an empty range in the min-max search, as in the released code of MPQ-DM, and in training."""
 PERCENTILE = 99.9
 """Percent of a row's elements that the percentile observer keeps below the upper end of the range."""
-_CHUNK_ELEMENTS = 1 << 18
 
 
 class _FakeQuantize(torch.autograd.Function):
     """Keeps x itself for backward and computes the rest again: one saved copy, which the caller holds anyway."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor, compiled: bool) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(x, scale, zero_point, quant_max)
-        codes = torch.round(_ratio(x, scale)).add_(zero_point).clamp_(torch.zeros_like(quant_max), quant_max)
-        return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+        ctx.compiled = compiled
+        (y,) = _call(_quantize, compiled, x, scale, zero_point, quant_max)
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
         (gradient,) = gradients
         x, scale, zero_point, quant_max = ctx.saved_tensors
-        ratio = _ratio(x, scale)
-        gradient = gradient.to(ratio.dtype)
-        codes = torch.round(ratio).add_(zero_point)
-        # Inclusive borders: a code that lands on one keeps its gradient, as clamp's does.
-        inside = (codes >= 0) & (codes <= quant_max)
-        for_x = for_scale = for_zero_point = None
-        if ctx.needs_input_grad[1]:
-            centred = codes.clamp_(torch.zeros_like(quant_max), quant_max).sub_(zero_point)
-            for_scale = (gradient * (centred - ratio * inside)).sum_to_size(scale.shape)
-        if ctx.needs_input_grad[2]:
-            for_zero_point = (gradient * ~inside * -scale).sum_to_size(zero_point.shape)
-        if ctx.needs_input_grad[0]:
-            for_x = (gradient * inside).to(x.dtype)
-        return for_x, for_scale, for_zero_point, None
+        for_x, for_scale, for_zero_point, *_ = ctx.needs_input_grad
+        if not (for_scale or for_zero_point):
+            (found,) = _call(_gradient_of_x, ctx.compiled, x, scale, zero_point, quant_max, gradient)
+            return found.view(x.shape), None, None, None, None
+        found = _call(_gradients, ctx.compiled, x, scale, zero_point, quant_max, gradient)
+        return (
+            found[0].view(x.shape) if for_x else None,
+            found[1].view(scale.shape) if for_scale else None,
+            found[2].view(zero_point.shape) if for_zero_point else None,
+            None,
+            None,
+        )
+
+
+def _call(
+    function: Callable[..., tuple[Tensor, ...]], compiled: bool, x: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """``function`` on the tensors as they are, or compiled on rows [C, n] of x that have a scale each."""
+    if not compiled:
+        return function(x, *others)
+    scale = others[0]
+    rows = scale.numel()
+    if rows != 1 and (scale.dim() != x.dim() or scale.shape[0] != rows):
+        raise QuantlabError(
+            "a compiled quantizer needs one scale, or one for each entry of the first dimension",
+            where="fake_quantize",
+            got=f"scales {tuple(scale.shape)} of a tensor {tuple(x.shape)}",
+            next_step="set the quantizer's option `compiled` to false",
+        )
+    shaped = [
+        value.reshape(rows, -1) if value.numel() in (rows, x.numel()) else value.expand(rows, 1) for value in others
+    ]
+    return compiled_for(function, x.dtype, 2)(x.reshape(rows, -1), *shaped)
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor) -> tuple[Tensor, ...]:
+    codes = torch.round(_ratio(x, scale)).add_(zero_point).clamp_(min=0).clamp_(max=quant_max)
+    return (codes.sub_(zero_point).mul_(scale).to(x.dtype),)
+
+
+def _gradient_of_x(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor, gradient: Tensor
+) -> tuple[Tensor, ...]:
+    codes = torch.round(_ratio(x, scale)).add_(zero_point)
+    # Inclusive borders: a code that lands on one keeps its gradient, as clamp's does.
+    inside = (codes.clamp(min=0).clamp_(max=quant_max) == codes).to(codes.dtype)
+    return ((gradient.to(codes.dtype) * inside).to(x.dtype),)
+
+
+def _gradients(x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    ratio = _ratio(x, scale)
+    gradient = gradient.to(ratio.dtype)
+    codes = torch.round(ratio).add_(zero_point)
+    clamped = codes.clamp(min=0).clamp_(max=quant_max)
+    inside = (clamped == codes).to(ratio.dtype)
+    # Products in the memory layout of the incoming gradient: it decides the order of the sums, and so their last bit.
+    for_scale = (gradient * clamped.sub_(zero_point).sub_(ratio.mul_(inside))).sum_to_size(scale.shape)
+    for_x = gradient * inside
+    for_zero_point = (gradient - for_x).mul_(-scale).sum_to_size(zero_point.shape)
+    return for_x.to(x.dtype), for_scale, for_zero_point
 
 
 def _ratio(x: Tensor, scale: Tensor) -> Tensor:
@@ -65,6 +110,7 @@ def fake_quantize(
     quant_max: int | Tensor,
     *,
     round_zero_point: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """Quantize and dequantize x.
 
@@ -75,6 +121,8 @@ def fake_quantize(
         quant_max: largest code; a tensor gives every channel its own number of levels, so that a layer of 1-, 2- and
             3-bit channels is one call.
         round_zero_point: use the rounded zero point, with a straight-through gradient.
+        compiled: let torch compile the arithmetic. Values and the gradient for x are the same bits; the sums of the
+            gradients for scale and zero point round in another order.
 
     Returns:
         scale * (clamp(round(x / scale) + zero_point, 0, quant_max) - zero_point), the shape and dtype of x.
@@ -85,7 +133,7 @@ def fake_quantize(
     if round_zero_point:
         zero_point = zero_point + (torch.round(zero_point) - zero_point).detach()
     levels = quant_max if isinstance(quant_max, Tensor) else torch.tensor(quant_max, device=x.device)
-    return _FakeQuantize.apply(x, scale, zero_point, levels.to(scale.dtype))  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, zero_point, levels.to(scale.dtype), compiled)  # type: ignore[no-any-return]
 
 
 def per_channel(values: Tensor, dims: int, axis: int = 0) -> Tensor:
@@ -102,6 +150,7 @@ def search_scale(
     max_elements: int | None = None,
     *,
     percentile: float = PERCENTILE,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every row.
 
@@ -112,6 +161,7 @@ def search_scale(
         max_elements: the MSE search judges candidates on about this many evenly spaced elements of a longer row; the
             range itself is always that of the whole row.
         percentile: p of the percentile observer, above 50 and at most 100 %: see ``percentile_range``.
+        compiled: let torch compile the MSE search; the result is the same.
 
     Returns:
         scale and zero point, float32 [R]; zero points are integers but may lie outside the codes' range.
@@ -132,7 +182,7 @@ def search_scale(
             return _from_range(low * factor, high * factor, quant_max)
         case Observer.MSE:
             stride = max(1, rows.shape[1] // max_elements) if max_elements else 1
-            return _mse_search(rows[:, ::stride].contiguous(), low, high, quant_max)
+            return mse_search(rows[:, ::stride].contiguous(), low, high, quant_max, compiled=compiled)
         case Observer.PERCENTILE:
             return _from_range(*percentile_range(rows, percentile), quant_max)
 
@@ -155,39 +205,6 @@ def _from_range(low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, T
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     scale = ((high - low) / quant_max).clamp(min=MIN_SCALE)
     return scale.float(), torch.round(-low / scale).float()
-
-
-def _mse_search(rows: Tensor, low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
-    """Best of 80 shrunken ranges by mean |x - x_hat|^2.4; the first of equals wins."""
-    scales, zero_points = torch.empty_like(low), torch.empty_like(low)
-    height = max(1, _CHUNK_ELEMENTS // rows.shape[1])
-    for start in range(0, len(rows), height):
-        part = slice(start, start + height)
-        scales[part], zero_points[part] = _mse_search_chunk(rows[part], low[part], high[part], quant_max[part])
-    # A constant row has no range to shrink: one step reaches its value exactly.
-    constant = high == low
-    value = torch.where(low == 0, torch.ones_like(low), low)
-    scales = torch.where(constant, value.abs(), scales)
-    zero_points = torch.where(constant, (low < 0).float(), zero_points)
-    return scales, zero_points
-
-
-def _mse_search_chunk(rows: Tensor, low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
-    best = torch.full_like(low, torch.inf)
-    best_scale, best_zero_point = torch.ones_like(low), torch.zeros_like(low)
-    levels = quant_max[:, None]
-    for index in range(NUM_CANDIDATES):
-        factor = torch.tensor(1.0 - 0.01 * index, dtype=torch.float32, device=rows.device)
-        scale = (high * factor - low * factor) / quant_max
-        zero_point = torch.round(-(low * factor) / scale)
-        column, offset = scale[:, None], zero_point[:, None]
-        codes = torch.round(rows / column).add_(offset).clamp_(torch.zeros_like(levels), levels)
-        error = codes.sub_(offset).mul_(column).sub_(rows).abs_().pow_(MSE_POWER).mean(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero_point = torch.where(better, zero_point, best_zero_point)
-    return best_scale, best_zero_point
 
 
 def smoothing_scale(weight_absmax: Tensor, input_absmax: Tensor, alpha: float) -> Tensor:

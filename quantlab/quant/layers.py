@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from quantlab.contracts.quantizer import Quantizer
+from quantlab.contracts.sections import Pack
 from quantlab.contracts.tuning import AdapterSpec, AdapterStart
 from quantlab.quant.adapter import LowRankAdapter
 from quantlab.quant.branch import LowRankBranch
@@ -23,6 +24,8 @@ class _Quantized(nn.Module):
         input_quantizer: of the input.
         smoothing: per-input-channel scales [in]; the weight is multiplied by them and the input by their reciprocals.
         adapter: a low-rank change of the weight, merged into it when tuning is done.
+        stored: gives the quantized weight in the place of ``weight``, which then holds nothing: of a layer of a packed
+            file that stays packed.
         branch: a low-rank product in float beside the quantized weight, on the smoothed input before quantization.
         gradient_checkpointing: recompute the layer in the backward pass instead of keeping what it needs.
     """
@@ -34,11 +37,12 @@ class _Quantized(nn.Module):
     smoothing: Tensor | None
     adapter: LowRankAdapter | None
     branch: LowRankBranch | None
+    stored: nn.Module | None
     gradient_checkpointing: bool
     _frozen_weight: Tensor | None
 
     def _make_quantized(self) -> None:
-        for name in ("weight_quantizer", "input_quantizer", "adapter", "branch"):
+        for name in ("weight_quantizer", "input_quantizer", "adapter", "branch", "stored"):
             self.register_module(name, None)
         self.register_buffer("smoothing", None)
         self.register_buffer("_frozen_weight", None, persistent=False)
@@ -79,6 +83,8 @@ class _Quantized(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
+        if self.stored is not None:
+            return self.stored()
         weight = self.float_weight()
         return weight if self.weight_quantizer is None else self.weight_quantizer(weight)
 
@@ -101,6 +107,12 @@ class _Quantized(nn.Module):
     def use_weight(self, weight: Tensor) -> None:
         """Compute with this smoothed weight [out, in / groups, *k] until ``thaw``; gradients reach it."""
         self._frozen_weight = weight
+
+    def store_as(self, settings: Pack) -> None:
+        """Put the parameters of both quantizers at values that a file with these settings holds."""
+        for quantizer in (self.weight_quantizer, self.input_quantizer):
+            if quantizer is not None:
+                quantizer.store_as(settings)
 
     def thaw(self) -> None:
         """Quantize the weight at every call again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from quantlab.contracts.config import Strict
 from quantlab.contracts.quant import PerChannel, QParams, QuantSpec
 from quantlab.contracts.quantizer import Quantizer
-from quantlab.errors import QuantlabError
+from quantlab.contracts.sections import FreeZeroPoints, Pack, ScaleType
+from quantlab.errors import NonFiniteError, QuantlabError
 from quantlab.quant.functional import MIN_SCALE, PERCENTILE, fake_quantize, per_channel, search_scale
 from quantlab.quant.timestep import group_by_timestep, nearest_index
 
@@ -24,6 +26,11 @@ class AffineConfig(Strict):
     )
     percentile: float = Field(
         PERCENTILE, gt=50, le=100, description="upper end of the range of the observer `percentile`, in %"
+    )
+    compiled: bool = Field(
+        False,
+        description="let torch compile the arithmetic: faster after some seconds at the start; the gradients of scales "
+        "and zero points round otherwise",
     )
 
 
@@ -48,6 +55,7 @@ class AffineQuantizer(Quantizer):
         self.zero_point = nn.Parameter(torch.zeros(shape), requires_grad=False)
         if spec.per_timestep:
             self.register_buffer("timesteps", torch.zeros(0))
+        self._scale_bytes = self.scale.itemsize
         self._seen: list[tuple[Tensor, Tensor | None]] = []
 
     @classmethod
@@ -75,7 +83,9 @@ class AffineQuantizer(Quantizer):
         values = torch.cat([x for x, _ in self._seen])
         if isinstance(self.spec.granularity, PerChannel):
             rows = values.transpose(0, self.spec.granularity.axis).flatten(1)
-            scale, zero_point = search_scale(rows, self.bits, self.spec.observer, percentile=self.config.percentile)
+            scale, zero_point = search_scale(
+                rows, self.bits, self.spec.observer, percentile=self.config.percentile, compiled=self.config.compiled
+            )
         elif self.spec.per_timestep:
             timestep = torch.cat([t for _, t in self._seen if t is not None])
             scale, zero_point = self._search_each_timestep(values, timestep)
@@ -92,6 +102,7 @@ class AffineQuantizer(Quantizer):
             self.spec.observer,
             self.config.search_elements,
             percentile=self.config.percentile,
+            compiled=self.config.compiled,
         )
 
     def _search_each_timestep(self, values: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,12 +131,34 @@ class AffineQuantizer(Quantizer):
             axis = self.spec.granularity.axis
             scale, zero_point = per_channel(scale, x.dim(), axis), per_channel(zero_point, x.dim(), axis)
             quant_max = per_channel(quant_max, x.dim(), axis)
-        return fake_quantize(x, scale, zero_point, quant_max, round_zero_point=self.spec.round_zero_point)
+        return fake_quantize(
+            x,
+            scale,
+            zero_point,
+            quant_max,
+            round_zero_point=self.spec.round_zero_point,
+            compiled=self.config.compiled,
+        )
 
     def round_parameters(self) -> None:
         """Put the zero points at their rounded values, when forward rounds them anyway."""
         if self.spec.round_zero_point:
             self.zero_point.data.round_()
+
+    def store_as(self, settings: Pack) -> None:
+        """Round scales to float16 and free zero points to integers, each if the settings say so.
+
+        Raises:
+            NonFiniteError: a scale does not fit into float16.
+        """
+        if settings.scales is ScaleType.FLOAT16:
+            rounded = self.scale.data.half()
+            if not bool((torch.isfinite(rounded) & (rounded > 0)).all()):
+                raise NonFiniteError("a scale does not fit into float16", next_step="set pack.scales: float32")
+            self.scale.data, self._scale_bytes = rounded.to(self.scale), rounded.itemsize
+        if settings.free_zero_points is FreeZeroPoints.ROUND and not self.spec.round_zero_point:
+            self.spec = replace(self.spec, round_zero_point=True)
+            self.round_parameters()
 
     def constrain(self) -> None:
         """A scale stays positive: gradients may carry a small one past 0, where codes would change their sign."""
@@ -142,6 +175,7 @@ class AffineQuantizer(Quantizer):
             self.spec.granularity.axis if isinstance(self.spec.granularity, PerChannel) else None,
             self.timesteps if self.spec.per_timestep else None,
             self.spec.round_zero_point,
+            scale_bytes=self._scale_bytes,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:

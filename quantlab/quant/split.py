@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantlab.contracts.quant import QParams
 from quantlab.contracts.quantizer import Quantizer
+from quantlab.contracts.sections import Pack
 
 
 class SplitQuantizer(Quantizer):
@@ -55,6 +56,11 @@ class SplitQuantizer(Quantizer):
         for quantizer in self._quantizers():
             quantizer.round_parameters()
 
+    def store_as(self, settings: Pack) -> None:
+        """Put the parameters of every part at values that a file holds."""
+        for quantizer in self._quantizers():
+            quantizer.store_as(settings)
+
     def constrain(self) -> None:
         """Bring the parameters of every part back to where they must be."""
         for quantizer in self._quantizers():
@@ -75,6 +81,7 @@ class SplitQuantizer(Quantizer):
             first.timesteps,
             first.round_zero_point,
             self.sizes,
+            first.scale_bytes,
         )
 
     def extra_bytes(self) -> int:

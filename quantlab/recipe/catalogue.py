@@ -10,6 +10,7 @@ from quantlab.contracts.method import Method
 from quantlab.errors import RecipeError, nearest
 from quantlab.plugins import Entry, Kind, Registry
 from quantlab.recipe.find import packaged_recipes
+from quantlab.recipe.options import option_lines
 
 RECIPES = "recipes"
 
@@ -48,7 +49,7 @@ def describe(entry: Entry) -> str:
     if isinstance(entry.value, Method):
         lines += [f"data-free: {'yes' if entry.value.data_free else 'no'}", "", *_fragment(entry.value)]
     elif hasattr(entry.value, "Config"):
-        lines += ["options:", *_options(entry.value.Config.model_json_schema())]
+        lines += ["options:", *option_lines(entry.value.Config)]
     return "\n".join(lines)
 
 
@@ -68,15 +69,3 @@ def _summary(entry: Entry) -> str:
 
 def _fragment(method: Method) -> list[str]:
     return [f"{key}: {json.dumps(value)}" for key, value in method.fragment.items()]
-
-
-def _options(schema: dict[str, object]) -> list[str]:
-    """One line an option: its name, its default, and what it is."""
-    properties = schema.get("properties")
-    if not isinstance(properties, dict) or not properties:
-        return ["  none"]
-    return [
-        f"  {name} = {json.dumps(option['default']) if 'default' in option else 'required'}"
-        f"  {option.get('description', '')}".rstrip()
-        for name, option in properties.items()
-    ]

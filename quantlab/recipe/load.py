@@ -119,6 +119,11 @@ def load_recipe(
     return resolve_recipe(read_recipe(path_or_name, profile), overrides, registry or load_registry())
 
 
+def is_bench(path: Path) -> bool:
+    """Whether a file is a bench rather than a recipe; raises RecipeError for one that cannot be read."""
+    return bool(read_yaml(path)[0].reach(("matrices",))[1])
+
+
 def read_recipe(path_or_name: str | Path, profile: str | None = None) -> RecipeFile:
     """Read a recipe and all that it extends; raises RecipeError for what can be seen before overrides are known."""
     path = find_recipe(path_or_name)
@@ -191,8 +196,12 @@ def _read(path: Path) -> tuple[Node, str]:
     node, text = read_yaml(path)
     version, found = node.reach(("version",))
     if found and (version.value != SCHEMA_VERSION or type(version.value) is not int):
+        older = type(version.value) is int and 0 < version.value < SCHEMA_VERSION
         raise RecipeError(
-            f"this quantlab reads recipes of version {SCHEMA_VERSION}", where=version.origin, got=repr(version.plain)
+            f"this quantlab reads recipes of version {SCHEMA_VERSION}",
+            where=version.origin,
+            got=repr(version.plain),
+            next_step=f"quantlab migrate {path}" if older else None,
         )
     if node.reach(("matrices",))[1]:
         raise RecipeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -18,6 +18,7 @@ from quantlab.contracts.sections import (
     InputsFrom,
     Keep,
     Model,
+    Pack,
     Sampling,
     Tune,
     Weights,
@@ -36,6 +37,11 @@ class Recipe(Strict):
     baselines: tuple[str, ...] = Field(default=(), description="methods that run beside it, as further rows")
     budget: Budget
     keep: tuple[Keep, ...] = ()
+    protect: dict[str, Annotated[int, Field(ge=1, le=8)]] | None = Field(
+        default=None,
+        description="bits by tag (first, last, time_embed, ...) of sites outside the budget, where no keep rule holds; "
+        "none: what the model's source says, {} for no site",
+    )
     attention: Attention | None = Field(default=None, description="bits of attention's products; none: they stay float")
     sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()
@@ -47,6 +53,7 @@ class Recipe(Strict):
     inputs_from: InputsFrom = InputsFrom.TEACHER
     tune: Tune = Tune()
     corrections: tuple[Choice, ...] = Field(default=(), description="of the sampler, fitted to the finished model")
+    pack: Pack = Pack()
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 

@@ -24,6 +24,8 @@ class Better(StrEnum):
 DIRECTIONS: Mapping[str, Better] = {
     **dict.fromkeys(("fid", "fid-to-teacher", "sfid", "sfid-to-teacher", "kid", "paired-mse", "lpips"), Better.LOWER),
     **dict.fromkeys(("psnr", "ssim", "precision", "recall", "clip-score"), Better.HIGHER),
+    **dict.fromkeys(("top-1", "top-5", "agreement"), Better.HIGHER),
+    "kl-to-float": Better.LOWER,
 }
 REFUSED: Mapping[str, str] = {
     "accuracy": "images that are washed out to their class's mean score higher than the data itself",

@@ -37,8 +37,11 @@ def pareto_front(points: Sequence[SizePoint]) -> list[SizePoint]:
     return front
 
 
-def size_quality(points: Sequence[SizePoint], floor: float | None, metric: str) -> Markup:
-    """Size against a metric that should be small; the line joins what nothing else beats, ``floor`` is dashed."""
+def size_quality(points: Sequence[SizePoint], floor: float | None, metric: str, drawn: bool = True) -> Markup:
+    """Size against a metric that should be small; the line joins what nothing else beats, ``floor`` is dashed.
+
+    ``floor`` is full precision's own value: with other noise, where images are ``drawn``.
+    """
     if not points:
         return Markup("")
     width, height, left, bottom = 680, 380, 62, 44
@@ -47,11 +50,21 @@ def size_quality(points: Sequence[SizePoint], floor: float | None, metric: str) 
     spread = min(values) > 0 and max(values) / min(values) > 8
     y = svg.axis_over(values, height - bottom, 16, logarithmic=spread)
     content = [*_grid(x, y, left, width - 12, height - bottom, 10)]
-    content.append(svg.label((left + width) / 2, height - 6, "bytes of the denoiser", "axis", "middle"))
+    content.append(
+        svg.label(
+            (left + width) / 2,
+            height - 6,
+            "bytes of the denoiser" if drawn else "bytes of the network",
+            "axis",
+            "middle",
+        )
+    )
     content.append(svg.label(8, 12, metric, "axis"))
     if floor is not None:
         content.append(svg.line(left, y(floor), width - 12, y(floor), "floor"))
-        content.append(svg.label(left + 4, y(floor) + 13, "full precision, other noise", "num"))
+        content.append(
+            svg.label(left + 4, y(floor) + 13, "full precision, other noise" if drawn else "full precision", "num")
+        )
     front = pareto_front(points)
     steps = "".join(
         f"{'M' if index == 0 else 'L'}{x(point.size_bytes):.1f} {y(point.value):.1f}"

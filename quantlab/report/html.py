@@ -11,7 +11,7 @@ from markupsafe import Markup
 from quantlab.report import figures, strips
 from quantlab.report.details import MethodDetails, read_details
 from quantlab.report.images import AMPLIFICATION, ImageRow, image_rows
-from quantlab.report.leaderboard import RANKED_BY, Leaderboard, Place, heading, leaderboards, shown
+from quantlab.report.leaderboard import Leaderboard, Place, heading, leaderboards, shown
 from quantlab.report.rows import FULL_PRECISION, Row
 from quantlab.store import atomic_write_text
 
@@ -43,6 +43,7 @@ class RunReport:
         recipe: resolved, as YAML.
         origins: where each value of the recipe came from.
         environment: versions, machine and seed, as JSON.
+        calibration: what was recorded, with its hash, as JSON; "" when that is not known.
     """
 
     title: str
@@ -54,6 +55,7 @@ class RunReport:
     recipe: str
     origins: Mapping[str, str]
     environment: str
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def save_run_html(report: RunReport, path: Path) -> None:
         origins=report.origins,
         recipe=report.recipe,
         environment=report.environment,
+        calibration=report.calibration,
         rows=report.rows,
         **_drawings(details),
     )
@@ -177,20 +180,30 @@ def _board(board: Leaderboard, series: Mapping[str, int]) -> Board:
     ranks = {id(place): str(index) for index, place in enumerate(board.ranked, 1)}
     lines = [_line(place, ranks.get(id(place), ""), board.columns) for place in board.places]
     full = board.full_precision
-    measured = [place for place in board.ranked if RANKED_BY in place.metrics]
+    ranked_by = board.ranked_by
+    measured, told = [place for place in board.ranked if ranked_by in place.metrics], heading(ranked_by)
+    # A share that should be large is drawn as what is missing to 1.
+    missing = told.less_is_better is False
     points = [
-        figures.SizePoint(place.title, series[place.row.method], place.row.size_bytes, place.rank_value)
+        figures.SizePoint(
+            place.title, series[place.row.method], place.row.size_bytes, _drawn(place, ranked_by, missing)
+        )
         for place in measured
     ]
-    floor = full.metrics[RANKED_BY].mean if full and RANKED_BY in full.metrics else None
+    floor = _drawn(full, ranked_by, missing) if full and ranked_by in full.metrics else None
     used = {series[place.row.method]: place.row.method for place in measured}
     return Board(
         f"{board.model}, protocol {board.protocol}",
         headings,
         lines,
-        figures.size_quality(points, floor, heading(RANKED_BY).title),
+        figures.size_quality(points, floor, f"1 - {told.title}" if missing else told.title, drawn=not missing),
         figures.legend(dict(sorted(used.items()))),
     )
+
+
+def _drawn(place: Place, metric: str, missing: bool) -> float:
+    mean = place.metrics[metric].mean
+    return 1 - mean if missing else mean
 
 
 def _line(place: Place, rank: str, columns: Sequence[str]) -> list[str]:

@@ -12,7 +12,8 @@ from quantlab.report.rows import FULL_PRECISION, Row
 
 LARGE = 1e4
 """Metrics from here on are shown without decimals."""
-RANKED_BY = "fid-to-teacher"
+RANKED_BY = ("fid-to-teacher", "top-1", "paired-mse")
+"""What places are sorted by: the first of these that was measured."""
 Entry = tuple[Mapping[str, object], Row]
 """A row with the values of its cell; those of a run are empty."""
 
@@ -38,6 +39,10 @@ HEADINGS: Mapping[str, Heading] = {
     "lpips": Heading("LPIPS", 3, True),
     "paired-mse": Heading("paired MSE", 4, True),
     "clip-score": Heading("CLIP score", 2, False),
+    "top-1": Heading("top-1", 3, False),
+    "top-5": Heading("top-5", 3, False),
+    "agreement": Heading("agreement", 3, False),
+    "kl-to-float": Heading("KL to float", 4, True),
     "accuracy": Heading("accuracy", 3, None),
     "is": Heading("IS", 2, None),
 }
@@ -70,11 +75,12 @@ class Place:
             filter(None, (self.row.method, f"W{self.row.weight_bits:.3g}A{self.row.activation_bits:.3g}", self.setting))
         )
 
-    @property
-    def rank_value(self) -> float:
-        """What places are sorted by; infinite where it was not measured."""
-        found = self.metrics.get(RANKED_BY)
-        return found.mean if found else math.inf
+    def rank_value(self, metric: str) -> float:
+        """What places are sorted by, smaller for a better one; infinite where it was not measured."""
+        found = self.metrics.get(metric)
+        if found is None:
+            return math.inf
+        return -found.mean if heading(metric).less_is_better is False else found.mean
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,11 @@ class Leaderboard:
         """The metrics that were measured, in a fixed order."""
         found = {name for place in self.places for name in place.metrics}
         return [name for name in HEADINGS if name in found] + sorted(found - set(HEADINGS))
+
+    @property
+    def ranked_by(self) -> str:
+        """The metric that places are sorted by."""
+        return ranking_metric(self.places)
 
     @property
     def ranked(self) -> list[Place]:
@@ -109,6 +120,12 @@ def leaderboards(entries: Sequence[Entry]) -> list[Leaderboard]:
         protocols.setdefault(entry[1].protocol, []).append(entry)
     boards = [Leaderboard(protocol, found[0][1].model, _places(found)) for protocol, found in protocols.items()]
     return sorted(boards, key=lambda board: board.model)
+
+
+def ranking_metric(places: Sequence[Place]) -> str:
+    """The first of RANKED_BY that one of the places has."""
+    found = {name for place in places for name in place.metrics}
+    return next((name for name in RANKED_BY if name in found), RANKED_BY[0])
 
 
 def heading(metric: str) -> Heading:
@@ -135,7 +152,8 @@ def _places(entries: Sequence[Entry]) -> list[Place]:
         if not full or not group:
             group.append((rest, row))
     places = [_place(group) for group in groups.values()]
-    return sorted(places, key=lambda place: (place.row.method != FULL_PRECISION, place.rank_value, place.title))
+    metric = ranking_metric(places)
+    return sorted(places, key=lambda place: (place.row.method != FULL_PRECISION, place.rank_value(metric), place.title))
 
 
 def _place(group: Sequence[Entry]) -> Place:

@@ -12,10 +12,13 @@ from quantlab.evaluation.interval import Interval, interval, paired_difference, 
 from quantlab.report.rows import FULL_PRECISION, Row
 from quantlab.report.tables import markdown_of
 
-METRICS = ("fid", "fid-to-teacher", "sfid", "accuracy", "paired-mse", "psnr")
+CLASSES = ("top-1", "top-5", "agreement", "kl-to-float")
+"""Of a classifier."""
+METRICS = ("fid", "fid-to-teacher", "sfid", "accuracy", "paired-mse", "psnr", *CLASSES)
 """The metrics of the table in their order, if a line has them. JSON and CSV have all that were measured."""
-COMPARED = ("fid", "fid-to-teacher")
-"""The metrics whose difference to the baseline stands in a bench's table; the last says how many seeds it needs."""
+COMPARED = ("fid", "fid-to-teacher", "top-1")
+"""The metrics whose difference to the baseline stands in a bench's table; the last that was measured says how many
+seeds it needs."""
 OTHER_NOISE = f"{FULL_PRECISION}, other noise"
 NOT_A_SETTING = ("model.name", "method", "budget")
 """Beginnings of the keys that have a column of their own."""
@@ -204,14 +207,15 @@ def _against(line: SummaryLine, lines: Sequence[SummaryLine], baseline: str) -> 
     return difference(line, max(fitting, key=lambda pair: pair[0])[1])
 
 
-def difference(line: SummaryLine, baseline: SummaryLine, told_by: str = COMPARED[-1]) -> SummaryLine:
+def difference(line: SummaryLine, baseline: SummaryLine, told_by: str | None = None) -> SummaryLine:
     """The line with its differences to another one, paired over the seeds of both, and the seeds for one of them."""
     differences = {
         name: found
         for name in line.metrics
         if (found := paired_difference(_by_seed(line, name), _by_seed(baseline, name)))
     }
-    return replace(line, differences=differences, seeds_needed=_seeds_needed(line, baseline, told_by))
+    last = told_by or next((name for name in reversed(COMPARED) if name in line.metrics), COMPARED[0])
+    return replace(line, differences=differences, seeds_needed=_seeds_needed(line, baseline, last))
 
 
 def _by_seed(line: SummaryLine, metric: str) -> dict[int, float]:

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantlab.calibration.parts import in_parts
+from quantlab.contracts.check import check_corrected, check_fitted, plugin_call
 from quantlab.contracts.correction import Correction, CorrectionData, FittedCorrection
 from quantlab.contracts.model import CalibrationSet, Progress, Run, Task
 from quantlab.errors import RecipeError
@@ -52,9 +54,11 @@ def correct(
     }
 
     def compute(folder: Path, progress: Progress) -> None:
-        predictions = predictions_on(task, calibrated.data, final.student.run, progress)
-        timesteps = calibrated.data.inputs[task.timestep_input or ""][:, 0]
-        data = CorrectionData(timesteps, calibrated.data.outputs, predictions)
+        recorded, run = calibrated.data, in_parts(final.student.run, calibrated.batch)
+        predictions = predictions_on(task, recorded, run, progress)
+        timesteps = recorded.inputs[task.timestep_input or ""][:, 0]
+        exact = torch.stack([recorded.output(index, slice(None)) for index in range(recorded.num_steps)])
+        data = CorrectionData(timesteps, exact, predictions)
         fitted = fit_corrections(_corrections(recipe, registry), data)
         tensors = {
             f"{index}/{name}": value for index, each in enumerate(fitted) for name, value in each.tensors.items()
@@ -82,10 +86,15 @@ def fit_corrections(corrections: Sequence[Correction], data: CorrectionData) -> 
     """Fit each correction to predictions that those before it have corrected."""
     fitted = []
     for correction in corrections:
-        found = FittedCorrection(correction, data.timesteps.cpu(), dict(correction.fit(data)))
+        with plugin_call("correction", correction, "fit"):
+            tensors = check_fitted(correction, correction.fit(data))
+        found = FittedCorrection(correction, data.timesteps.cpu(), tensors)
         fitted.append(found)
-        steps = enumerate(data.quantized_predictions)
-        predictions = [correction.correct(found.tensors, index, prediction) for index, prediction in steps]
+        predictions = []
+        for index, prediction in enumerate(data.quantized_predictions):
+            with plugin_call("correction", correction, "correct"):
+                corrected = correction.correct(found.tensors, index, prediction)
+            predictions.append(check_corrected(correction, prediction, corrected))
         data = replace(data, quantized_predictions=torch.stack(predictions))
     return tuple(fitted)
 

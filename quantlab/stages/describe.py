@@ -14,14 +14,17 @@ from torch import Tensor
 
 from quantlab.allocation.plan import Plan
 from quantlab.contracts.allocation import FLOAT_BITS
-from quantlab.quant.accounting import Accounting
+from quantlab.contracts.model import GenerativeTask, Task
+from quantlab.quant.accounting import Accounting, FloatModel
 from quantlab.recipe.explain import resolved_yaml
 from quantlab.recipe.load import LoadedRecipe
+from quantlab.recipe.schema import Recipe
 from quantlab.report.grid import GridRow, save_grid
 from quantlab.report.html import RunReport, StageLine, save_run_html
 from quantlab.report.rows import Row, row_to_json
 from quantlab.report.tables import markdown_of
 from quantlab.stages.context import RunContext, version_of
+from quantlab.stages.prepare import PROVENANCE_FILE
 from quantlab.store import JSON
 
 PACKAGES = ("quantlab", "torch", "diffusers", "torchmetrics", "numpy", "safetensors")
@@ -83,6 +86,23 @@ def plan_text(plan: Plan, cost: Accounting) -> str:
     return f"{markdown_of(lines)}\n\n{size}\n{coverage_text(plan, cost)}"
 
 
+def resources_text(task: Task, recipe: Recipe, float_model: FloatModel) -> str:
+    """What a run needs at least: the recorded trajectories on disk, and in memory beside both networks' weights.
+
+    At every step a trajectory has the noisy sample and the prediction, which is as large; a classifier has its inputs.
+    """
+    if isinstance(task, GenerativeTask):
+        each = 2 * recipe.sampling.steps * task.draw_noise(1, 0).nbytes
+    else:
+        each = sum(value.nbytes for value in task.example_inputs(1).values())
+    recorded = recipe.calibrate.trajectories * each
+    memory = recorded + 2 * float_model.total_bytes
+    return (
+        f"a run needs at least {recorded:,} bytes of disk for calibration, and {memory:,} bytes of memory for it and "
+        "for the float network with its quantized copy; activations, adapters and images come on top"
+    )
+
+
 def _bits(bits: int) -> str:
     return "float" if bits == FLOAT_BITS else str(bits)
 
@@ -111,13 +131,18 @@ def begin(context: RunContext, loaded: LoadedRecipe, device: str, dtype: str) ->
 
 
 def finish(
-    context: RunContext, loaded: LoadedRecipe, rows: Sequence[Row], images: Sequence[tuple[str, Tensor]], coverage: str
+    context: RunContext,
+    loaded: LoadedRecipe,
+    rows: Sequence[Row],
+    images: Sequence[tuple[str, Tensor | None]],
+    coverage: str,
 ) -> None:
-    """Write the sample grid, the page and, last, the metrics: a run with metrics is complete."""
+    """Write a grid of what is drawn, the page and, last, the metrics: a run with metrics is complete."""
     folder = context.folder.path
     count = loaded.recipe.evaluate.grid
-    if count and images:
-        save_grid([GridRow(title, pixels(each[:count])) for title, each in images], folder / "samples.png")
+    drawn = [GridRow(title, pixels(each[:count])) for title, each in images if each is not None]
+    if count and drawn:
+        save_grid(drawn, folder / "samples.png")
     report = RunReport(
         title=f"{loaded.recipe.name}: {loaded.recipe.method}",
         rows=rows,
@@ -128,6 +153,8 @@ def finish(
         recipe=(folder / "recipe.resolved.yaml").read_text(),
         origins=loaded.origin,
         environment=(folder / "environment.json").read_text(),
+        # A stage that an earlier quantlab stored has none.
+        calibration=recorded.read_text() if (recorded := folder / "calibrate" / PROVENANCE_FILE).is_file() else "",
     )
     save_run_html(report, folder / "report.html")
     context.folder.write_json("metrics.json", {"schema_version": 1, "rows": [row_to_json(row) for row in rows]})

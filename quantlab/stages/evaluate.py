@@ -1,11 +1,12 @@
-"""Reference images and measured rows."""
+"""The float network's images, and those of every method beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,17 +15,18 @@ from torch import Tensor
 from quantlab.allocation.plan import Plan
 from quantlab.allocation.student import tapped_run
 from quantlab.contracts.correction import FittedCorrection
-from quantlab.contracts.model import GenerativeTask, Progress, Run
+from quantlab.contracts.model import GenerativeTask, Outcome, Progress, Run
 from quantlab.contracts.sections import Evaluate, Sampling
 from quantlab.errors import NonFiniteError
 from quantlab.evaluation.bootstrap import bootstrap
 from quantlab.evaluation.features import feature_network
-from quantlab.plugins import Kind
+from quantlab.plugins import Registry
 from quantlab.stages.context import RunContext, as_json
-from quantlab.stages.measure import comparison, measured_with, metrics_of, sample_set, values_of
+from quantlab.stages.measure import comparison, measured_with, metrics_of, require, sample_set, values_of
+from quantlab.stages.outcome import Evaluation, Measured, Protocol, metric_names, metric_versions
 from quantlab.stages.prepare import Captured, fingerprint, layer_set_digest
 from quantlab.stages.quantize import Quantized
-from quantlab.store import JSON, StageFolder, digest_of
+from quantlab.store import JSON, StageFolder
 
 REFERENCE_VERSION = 1
 EVALUATE_VERSION = 1
@@ -49,26 +51,33 @@ class ReferenceImages:
     stage: StageFolder
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Metric values of one method, and its images; 95 % intervals by metric where a bootstrap was asked for."""
+class ImageEvaluation(Evaluation[GenerativeTask]):
+    """Images that a denoiser draws, beside what the float network draws from the same noise."""
 
-    metrics: dict[str, float | None]
-    images: Tensor
-    stage: StageFolder
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    outcome: ClassVar[Outcome] = Outcome.IMAGES
 
+    @staticmethod
+    def require(registry: Registry, task: GenerativeTask, settings: Evaluate) -> None:
+        """What the metrics need of the task, and the network that gives features."""
+        require(registry, task, settings)
 
-@dataclass(frozen=True)
-class Protocol:
-    """Everything that must be equal for two rows to be compared; a method's own seed is not part of it."""
+    def __init__(
+        self, context: RunContext, task: GenerativeTask, captured: Captured, sampling: Sampling, settings: Evaluate
+    ) -> None:
+        self.context, self.task, self.sampling, self.settings = context, task, sampling, settings
+        self.drawn = reference(context, task, captured, sampling, settings)
 
-    fields: Mapping[str, JSON]
+    def measure(self, quantized: Quantized | None, arm: str) -> Measured:
+        """The metrics of the images that are drawn."""
+        return evaluate(self.context, self.task, self.drawn, quantized, self.settings, arm)
 
-    @property
-    def digest(self) -> str:
-        """The protocol id."""
-        return digest_of(self.fields)
+    def other_noise(self) -> dict[str, float | None]:
+        """The metrics of the float network's images from other noise."""
+        return other_noise(self.context, self.task, self.drawn, self.settings)
+
+    def protocol(self, plan: Plan) -> Protocol:
+        """The real images, the noise, the sampler and the metrics."""
+        return protocol(self.context, self.task, self.sampling, self.settings, plan)
 
 
 def draw(
@@ -146,10 +155,10 @@ def evaluate(
     key: dict[str, JSON] = {
         "version": EVALUATE_VERSION,
         "reference": reference_images.stage.digest,
-        "judged_by": task.reference().digest,
+        "judged_by": task.judged_by(),
         "model": quantized.stage.digest if quantized else "float",
-        "metrics": [choice.name for choice in settings.metrics],
-        "plugins": context.versions(*((Kind.METRIC, choice) for choice in settings.metrics)),
+        "metrics": metric_names(settings),
+        "plugins": metric_versions(context, settings),
         **measured_with(context.registry, network, settings),
     }
     if settings.bootstrap:
@@ -189,7 +198,7 @@ def other_noise(
     key: dict[str, JSON] = {
         "version": OTHER_NOISE_VERSION,
         "reference": reference_images.stage.digest,
-        "judged_by": task.reference().digest,
+        "judged_by": task.judged_by(),
         "metrics": {metric.name: metric.version for metric in metrics},
         **measured_with(context.registry, network, settings),
     }
@@ -214,11 +223,11 @@ def protocol(context: RunContext, task: GenerativeTask, sampling: Sampling, sett
     return Protocol(
         {
             "weights": fingerprint(task),
-            "reference_set": task.reference().digest,
+            "reference_set": task.judged_by(),
             "sampling": as_json(sampling),
             "samples": settings.samples,
             "noise_seed": settings.noise_seed,
-            "metrics": context.versions(*((Kind.METRIC, choice) for choice in settings.metrics)),
+            "metrics": metric_versions(context, settings),
             "layers": layer_set_digest(plan),
             **measured_with(context.registry, network, settings),
         }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantlab.allocation.student import Student, tapped_run
 from quantlab.calibration.collect import CalibrationBatch, calibration_batch, watch_inputs
+from quantlab.calibration.parts import batch_parts
 from quantlab.contracts.model import Progress
 from quantlab.graph.captured import CapturedGraph
 from quantlab.report.details import ERRORS_FILE, SCALES_FILE
@@ -36,7 +37,7 @@ def inspect_sites(
 
     def compute(folder: Path, progress: Progress) -> None:
         batch = calibration_batch(captured.task, calibrated.data, count)
-        errors = site_errors(captured.task.network, captured.graph, final.student, batch)
+        errors = site_errors(captured.task.network, captured.graph, final.student, batch, calibrated.batch)
         (folder / ERRORS_FILE).write_text(json.dumps(errors, indent=1))
         (folder / SCALES_FILE).write_text(json.dumps(activation_scales(final.student), indent=1))
 
@@ -44,22 +45,31 @@ def inspect_sites(
 
 
 def site_errors(
-    teacher: nn.Module, graph: CapturedGraph, student: Student, batch: CalibrationBatch
+    teacher: nn.Module, graph: CapturedGraph, student: Student, batch: CalibrationBatch, rows: int | None = None
 ) -> dict[str, dict[str, float | None]]:
     """Relative errors |quantized - float| / |float| of each site's weight and output, None where the float one is 0.
 
     The output error is that of the site alone: both layers get the float network's input.
+
+    Args:
+        teacher: the float network.
+        graph: of it.
+        student: the quantized one.
+        batch: what they see.
+        rows: of it in one forward; None: all.
     """
     run = tapped_run(teacher, graph, ())
     squares: dict[str, tuple[float, float]] = {}
 
-    def see(name: str, x: Tensor) -> None:
-        exact = teacher.get_submodule(name).forward(x)  # not a call, which would come back here through the hook
-        error, size = _squares(student.layer(name)(x, batch.timestep), exact)
-        before = squares.get(name, (0.0, 0.0))
-        squares[name] = (before[0] + error, before[1] + size)
+    for part in batch_parts(batch, rows):
 
-    watch_inputs(teacher, list(student.layers()), see, lambda: run(batch.inputs))
+        def see(name: str, x: Tensor, timestep: Tensor | None = part.timestep) -> None:
+            exact = teacher.get_submodule(name).forward(x)  # not a call, which would come back here through the hook
+            error, size = _squares(student.layer(name)(x, timestep), exact)
+            before = squares.get(name, (0.0, 0.0))
+            squares[name] = (before[0] + error, before[1] + size)
+
+        watch_inputs(teacher, list(student.layers()), see, lambda: run(part.inputs))  # noqa: B023
     found: dict[str, dict[str, float | None]] = {}
     for name, layer in student.layers().items():
         exact = teacher.get_submodule(name).weight

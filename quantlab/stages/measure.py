@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantlab.contracts.model import GenerativeTask, Progress
+from quantlab.contracts.check import check_metric, plugin_call
+from quantlab.contracts.model import Evidence, GenerativeTask, Outcome, Progress
 from quantlab.contracts.sections import Evaluate, Features
-from quantlab.errors import NonFiniteError
+from quantlab.errors import ModelError, NonFiniteError
+from quantlab.evaluation.bootstrap import AnySamples, Metric
 from quantlab.evaluation.features import FeatureNetwork, feature_network
 from quantlab.evaluation.samples import ImageMetric, SampleSet
 from quantlab.plugins import Kind, Registry
 from quantlab.stages.context import RunContext
+from quantlab.stages.outcome import metric_options
 from quantlab.store import JSON
 
 COMPARISON_VERSION = 1
@@ -30,35 +33,51 @@ def metrics_of(registry: Registry, settings: Evaluate) -> list[ImageMetric]:
 def require(registry: Registry, task: GenerativeTask, settings: Evaluate) -> None:
     """Raise ModelError, before anything is computed, when something that measuring needs is not at hand."""
     network, metrics = feature_network(task, settings), metrics_of(registry, settings)
+    offered = {*task.offers, *network.offers}
     for metric in metrics:
+        missing = [need for need in Evidence if need in metric.needs and need not in offered]
+        if missing:
+            fitting = [name for name, entry in registry.entries(Kind.METRIC).items() if _fits(entry.value, offered)]
+            raise ModelError(
+                f"the metric {metric.name} needs {' and '.join(missing)}, and this model comes without",
+                where="evaluate.metrics",
+                got=metric.name,
+                allowed=", ".join(fitting),
+                next_step=f"leave {metric.name} out of evaluate.metrics"
+                + (", or set evaluate.features to inception" if settings.features is Features.JUDGE else ""),
+            )
         metric.require(task)
-    if any(metric.needs_spatial for metric in metrics):
+    if Evidence.SPATIAL in needed(metrics):
         network.spatial(task.reference_images()[:2])
+
+
+def _fits(metric: type[ImageMetric], offered: Collection[Evidence]) -> bool:
+    return metric.outcome is Outcome.IMAGES and set(metric.needs) <= set(offered)
+
+
+def needed(metrics: Sequence[ImageMetric]) -> frozenset[Evidence]:
+    """Everything that one of the metrics needs."""
+    return frozenset(need for metric in metrics for need in metric.needs)
 
 
 def measured_with(registry: Registry, network: FeatureNetwork, settings: Evaluate) -> dict[str, JSON]:
     """What numbers depend on besides names and versions: options that are not the defaults, and the feature network."""
-    options = {
-        choice.name: registry.config(Kind.METRIC, choice).model_dump(mode="json", exclude_defaults=True)
-        for choice in settings.metrics
-    }
-    changed: dict[str, JSON] = {name: values for name, values in options.items() if values}
-    return {**({"metric_options": changed} if changed else {}), **network.identity}
+    return {**metric_options(registry, settings), **network.identity}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Features of what every method is compared with.
+    """Features of what every method is compared with; None where no metric needs them.
 
     Attributes:
         teacher: of the float model's images from other noise [N, F].
         real: of real images [M, F].
-        real_spatial: spatial ones [M, S], when a metric needs them.
+        real_spatial: spatial ones [M, S].
     """
 
-    teacher: Tensor
-    real: Tensor
-    real_spatial: Tensor | None
+    teacher: Tensor | None = None
+    real: Tensor | None = None
+    real_spatial: Tensor | None = None
 
 
 def comparison(
@@ -77,38 +96,49 @@ def comparison(
         reference: digest of the stage that drew them.
         link: where the run folder leads to their features.
     """
-    spatial = any(metric.needs_spatial for metric in metrics_of(context.registry, settings))
+    needs = needed(metrics_of(context.registry, settings))
+    spatial = Evidence.SPATIAL in needs
+    if not needs & {Evidence.FEATURES, Evidence.SPATIAL}:
+        return Comparison
     if settings.features is Features.JUDGE:
-        return lambda: Comparison(
-            network.features(other)[0],
-            task.reference().features.cpu(),
-            network.spatial(task.reference_images()) if spatial else None,
-        )
+
+        def judged() -> Comparison:
+            real = task.reference().features if Evidence.REFERENCE in needs else None
+            return Comparison(
+                network.features(other)[0],
+                None if real is None else real.cpu(),
+                network.spatial(task.reference_images()) if spatial else None,
+            )
+
+        return judged
     key: dict[str, JSON] = {
         "version": COMPARISON_VERSION,
         "reference": reference,
-        "real": task.reference().digest,
+        "real": task.judged_by(),
         "spatial": spatial,
         "link": link,
         **network.identity,
     }
 
     def compute(folder: Path, progress: Progress) -> None:
-        real = task.reference_images()
-        tensors = {"teacher": network.features(other)[0], "real": network.features(real)[0]}
+        tensors = {"teacher": network.features(other)[0]}
+        if Evidence.REFERENCE in task.offers:
+            tensors["real"] = network.features(task.reference_images())[0]
         if spatial:
-            tensors["real_spatial"] = network.spatial(real)
+            tensors["real_spatial"] = network.spatial(task.reference_images())
         save_file(tensors, folder / "features.safetensors")
 
     stage = context.stage("features", "Features of float and real images", key, compute, link=link)
-    return lambda: Comparison(**{"real_spatial": None, **load_file(stage.file("features.safetensors"))})
+    return lambda: Comparison(**load_file(stage.file("features.safetensors")))
 
 
-def values_of(metrics: Sequence[ImageMetric], samples: SampleSet, arm: str) -> dict[str, float | None]:
+def values_of(metrics: Sequence[Metric[AnySamples]], samples: AnySamples, arm: str) -> dict[str, float | None]:
     """Every metric's values by name; None for infinity. Raises NonFiniteError for what is not a number."""
     values: dict[str, float | None] = {}
     for metric in metrics:
-        for name, value in metric.compute(samples).items():
+        with plugin_call("metric", metric, "compute"):
+            found = check_metric(metric, metric.compute(samples))
+        for name, value in found.items():
             if math.isnan(value):
                 raise NonFiniteError("a metric is not a number", where=f"metric {name}", got=f"{arm}, {value}")
             # Equal images have an infinite PSNR, which JSON cannot hold.
@@ -125,16 +155,17 @@ def sample_set(
     metrics: Sequence[ImageMetric],
 ) -> SampleSet:
     """Images with everything that the metrics compare them with."""
-    features, feature_logits = network.features(images)
+    needs = needed(metrics)
+    features, feature_logits = network.features(images) if Evidence.FEATURES in needs else (None, None)
     return SampleSet(
         images=images,
         labels=task.labels(len(images)).cpu(),
         features=features,
-        logits=task.judge(images.to(task.device))[1].cpu(),
+        logits=task.judge(images.to(task.device))[1].cpu() if Evidence.LOGITS in needs else None,
         teacher_images=teacher_images,
         teacher_features=compared.teacher,
         reference_features=compared.real,
-        spatial=network.spatial(images) if any(metric.needs_spatial for metric in metrics) else None,
+        spatial=network.spatial(images) if Evidence.SPATIAL in needs else None,
         reference_spatial=compared.real_spatial,
         feature_logits=feature_logits,
         prompts=task.prompts(len(images)),

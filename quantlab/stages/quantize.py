@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quantlab.allocation.assign import AssignMethod, assign
@@ -27,10 +27,13 @@ from quantlab.allocation.student import (
 )
 from quantlab.calibration.choose import choose_pairs
 from quantlab.calibration.collect import calibration_batch
+from quantlab.calibration.spill import streaming_in
+from quantlab.calibration.tensor_file import write_tensors
 from quantlab.contracts.allocation import BitMap
+from quantlab.contracts.check import check_tuned, plugin_call
 from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.model import CalibrationBatch, Progress
-from quantlab.contracts.sections import Choice, Tune, Weights
+from quantlab.contracts.sections import AS_IT_IS, Choice, Pack, Tune, Weights
 from quantlab.contracts.tuning import Checkpoint, TappedRun, TuneJob, Tuner
 from quantlab.errors import ArtefactError
 from quantlab.graph.blocks import Traced, cut_blocks
@@ -41,6 +44,7 @@ from quantlab.stages.context import RunContext, as_json
 from quantlab.stages.prepare import Calibrated, Captured, plan_digest
 from quantlab.stages.scores import measure_scores
 from quantlab.store import JSON, StageFolder, atomic_write, digest_of
+from quantlab.tuning.block_data import recorded_in_parts
 from quantlab.tuning.finalize import finalize as finalize_layers
 
 ASSIGN_VERSION = 1
@@ -139,7 +143,7 @@ def assign_bits(
     }
     if recipe.calibrate.sampler is not None:
         key["sampler"] = as_json(recipe.calibrate.sampler)
-    method = method_of(recipe, registry)
+    method, share = method_of(recipe, registry), calibrated.batch is not None
     batch = chosen_batch(captured, calibrated, recipe, registry)
     static = [site.name for site in plan.budgeted if not site.has_samples_first]
     if static and recipe.activations.per_timestep:
@@ -155,15 +159,16 @@ def assign_bits(
         key["scores"] = [stage.digest for stage in scores.stages]
 
     def compute(folder: Path, progress: Progress) -> None:
-        student = build_student(captured.task, captured.graph, plan)
+        student = build_student(captured.task, captured.graph, plan, share=share)
         rng = torch.Generator().manual_seed(recipe.seed)
-        bit_map = assign(student, method, batch, rng, progress, scores.values)
+        with streaming_in(folder, calibrated.batch) as streaming:
+            bit_map = assign(student, method, batch, rng, progress, scores.values, streaming)
         (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(bit_map)))
         save_state(student, folder / "qparams.safetensors")
 
     stage = context.stage("assign", f"{arm}: assign bits and scales", key, compute, link=f"{arm}/assign")
     bit_map = bit_map_from_json(json.loads(stage.file("allocation.json").read_text()))
-    student = build_student(captured.task, captured.graph, plan)
+    student = build_student(captured.task, captured.graph, plan, share=share)
     restore(student, bit_map, method.choices, load_state(stage.file("qparams.safetensors")))
     return Quantized(student, bit_map, batch, stage, (*scores.stages, stage))
 
@@ -208,7 +213,8 @@ def _tune_with(
     def compute(folder: Path, progress: Progress) -> None:
         checkpoint = FileCheckpoint(folder)
         job = tune_job(captured, calibrated, before, registry, settings, recipe.seed, checkpoint, progress)
-        result = tuner.tune(job)
+        with plugin_call("tuner", tuner, "tune"):
+            result = check_tuned(tuner, tuner.tune(job))
         (folder / "notes.json").write_text(json.dumps(list(result.notes)))
         (folder / "history.json").write_text(json.dumps({name: list(h) for name, h in result.history.items()}))
         save_state(student, folder / "tuned.safetensors")
@@ -251,7 +257,10 @@ def tune_job(
         student=run,
         teacher=float_run,
         tap=tap,
-        cut=lambda partition: cut_blocks(teacher, traced, layers, task.timestep_input, partition),
+        cut=lambda partition: tuple(
+            recorded_in_parts(block, calibrated.batch)
+            for block in cut_blocks(teacher, traced, layers, task.timestep_input, partition)
+        ),
         calibration=calibrated.data,
         batch=before.batch,
         losses=losses,
@@ -262,29 +271,32 @@ def tune_job(
     )
 
 
-def finalize(context: RunContext, tuned: Quantized, arm: str) -> Quantized:
+def finalize(context: RunContext, tuned: Quantized, arm: str, pack: Pack = AS_IT_IS) -> Quantized:
     """Merge adapters and round zero points: the model that is evaluated and packed."""
     key: dict[str, JSON] = {"version": FINALIZE_VERSION, "from": tuned.stage.digest}
+    if pack != AS_IT_IS:
+        key["pack"] = as_json(pack)
 
     def compute(folder: Path, progress: Progress) -> None:
-        changed = _finalized(tuned.student)
+        changed = finalize_student(tuned.student, pack)
         (folder / "rounding.json").write_text(json.dumps(changed))
         (folder / "allocation.json").write_text(json.dumps(bit_map_to_json(tuned.bit_map)))
         save_state(tuned.student, folder / "final.safetensors")
 
     stage = context.stage("finalize", f"{arm}: finalize", key, compute, link=f"{arm}/finalize")
     if stage.reused:
-        _finalized(tuned.student)
+        finalize_student(tuned.student, pack)
     for layer in tuned.student.layers().values():
         layer.freeze()
     return Quantized(tuned.student, tuned.bit_map, tuned.batch, stage, (*tuned.stages, stage))
 
 
-def _finalized(student: Student) -> dict[str, float]:
+def finalize_student(student: Student, pack: Pack) -> dict[str, float]:
     """Finalize layers and attentions in place; returns what it changed, by layer."""
     for attention in student.attentions().values():
         attention.round_parameters()
-    return finalize_layers(student.layers())
+        attention.store_as(pack)
+    return finalize_layers(student.layers(), pack)
 
 
 @dataclass(frozen=True)
@@ -307,9 +319,7 @@ class FileCheckpoint(Checkpoint):
 
     def save(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a new file and put it in the place of the old one."""
-        # The format takes no tensor that shares memory with another, as buffers of a quantizer's parts may.
-        copies = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
-        atomic_write(self._file, lambda path: save_file(copies, path, {"iteration": str(iteration)}))
+        atomic_write(self._file, lambda path: write_tensors(path, tensors, {"iteration": str(iteration)}))
 
     def remove(self) -> None:
         """The result stands; the way to it need not be kept."""
@@ -318,7 +328,7 @@ class FileCheckpoint(Checkpoint):
 
 def save_state(student: Student, path: Path) -> None:
     """Write a student's parameters and buffers."""
-    save_file({name: value.detach().contiguous().clone() for name, value in student.network.state_dict().items()}, path)
+    write_tensors(path, student.network.state_dict())
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

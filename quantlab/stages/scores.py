@@ -14,6 +14,7 @@ from quantlab.allocation.assign import AssignMethod, Scores, smoothed_records
 from quantlab.allocation.plan import Plan
 from quantlab.allocation.scores import ScoreMeter
 from quantlab.allocation.student import build_student
+from quantlab.calibration.spill import streaming_in
 from quantlab.contracts.allocation import BitPolicy
 from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.scores import Operand, ScoreRequest
@@ -90,10 +91,13 @@ def _stage(
     key["plugins"] = context.versions(*plugins)
 
     def compute(folder: Path, progress: Progress) -> None:
-        student = build_student(captured.task, captured.graph, plan)
-        meter = ScoreMeter(student, smoothed_records(student, method, batch), method.choices, batch)
+        student = build_student(captured.task, captured.graph, plan, share=calibrated.batch is not None)
         rng = torch.Generator().manual_seed(recipe.seed)
-        save_file(meter.measure(request, rng, progress), folder / "scores.safetensors")
+        with streaming_in(folder, calibrated.batch) as streaming:
+            records = smoothed_records(student, method, batch, streaming)
+            meter = ScoreMeter(student, records, method.choices, batch, calibrated.batch)
+            found = meter.measure(request, rng, progress)
+        save_file(found, folder / "scores.safetensors")
 
     title = f"{link.partition('/')[0]}: {request.score} of {request.operand}s"
     return context.stage("scores", title, key, compute, link=link)

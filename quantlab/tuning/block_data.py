@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quantlab.contracts.block import Block
-from quantlab.contracts.model import CalibrationBatch
+from quantlab.calibration.parts import num_rows, row_parts
+from quantlab.contracts.block import Block, Border
+from quantlab.contracts.model import CalibrationBatch, Inputs
+from quantlab.errors import QuantlabError
 from quantlab.tuning.rounding import mix
 
 
@@ -59,3 +61,36 @@ class BlockData:
         if value.shape[0] == self.rows:
             return value[index]
         return value.unflatten(0, (self.rows, -1))[index].flatten(0, 1)
+
+
+def recorded_in_parts(block: Block, rows: int | None) -> Block:
+    """The block with borders that are recorded in forwards of at most ``rows`` rows; None: the block itself."""
+    if rows is None:
+        return block
+
+    def in_parts(record: Callable[[Inputs], Border]) -> Callable[[Inputs], Border]:
+        def whole(inputs: Inputs) -> Border:
+            parts = list(row_parts(inputs, rows))
+            sizes, borders = [num_rows(part) for part in parts], [record(part) for part in parts]
+            seen = ([border.inputs for border in borders], [border.outputs for border in borders])
+            return Border(*(_joined(block.name, tensors, sizes) for tensors in seen))
+
+        return whole
+
+    return replace(block, record_student=in_parts(block.record_student), record_teacher=in_parts(block.record_teacher))
+
+
+def _joined(block: str, parts: Sequence[Mapping[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of all parts of a batch, joined along their rows; a number belongs to every row."""
+    found: dict[str, Tensor] = {}
+    for name, first in parts[0].items():
+        values = [part[name] for part in parts]
+        if first.dim() and [len(value) for value in values] != list(sizes):
+            raise QuantlabError(
+                "a tensor at the border of a block has not the batch in dimension 0, so it cannot be recorded in parts",
+                where=f"block {block}, {name}",
+                got=list(first.shape),
+                next_step="leave calibrate.batch out, or choose another grouping",
+            )
+        found[name] = torch.cat(values) if first.dim() else first
+    return found

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from quantlab.contracts.check import check_loss, plugin_call
 from quantlab.contracts.config import Strict
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.sections import Tune
@@ -137,7 +138,7 @@ def _losses_at(job: TuneJob, losses: Mapping[str, Loss], position: _Position, pr
     network_inputs = job.task.network_inputs(inputs)
     output, student_taps = job.student(network_inputs)
     student = {OUTPUT: job.task.combine(output, inputs), **student_taps}
-    teacher: dict[str, Tensor] = {OUTPUT: job.calibration.outputs[position.step, batch]}
+    teacher: dict[str, Tensor] = {OUTPUT: job.calibration.output(position.step, batch)}
     if student_taps:
         with torch.no_grad():
             teacher.update(job.teacher(network_inputs)[1])
@@ -146,7 +147,13 @@ def _losses_at(job: TuneJob, losses: Mapping[str, Loss], position: _Position, pr
     seeds = torch.randint(2**62, (steps,), generator=rng)
     draws = torch.Generator().manual_seed(int(seeds[position.step]))
     context = StepContext(timestep, position.step, steps, draws, progress)
-    values = {label: value for label, loss in losses.items() if (value := loss(student, teacher, context)) is not None}
+    values: dict[str, Tensor] = {}
+    for label, loss in losses.items():
+        with plugin_call("loss", loss, "__call__"):
+            value = loss(student, teacher, context)
+        checked = check_loss(loss, value)
+        if checked is not None:
+            values[label] = checked
     if not any(value.requires_grad for value in values.values()):
         raise QuantlabError(
             "no loss has a gradient, so nothing would be trained",

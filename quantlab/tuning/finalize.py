@@ -6,11 +6,16 @@ from collections.abc import Mapping
 
 import torch
 
+from quantlab.contracts.sections import AS_IT_IS, Pack
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
 
 
-def finalize(layers: Mapping[str, QuantizedConv2d | QuantizedLinear]) -> dict[str, float]:
+def finalize(layers: Mapping[str, QuantizedConv2d | QuantizedLinear], pack: Pack = AS_IT_IS) -> dict[str, float]:
     """Merge adapters, round the zero points that quantizers round anyway and the branches to float16, in place.
+
+    Args:
+        layers: by site.
+        pack: what a packed file holds; its defaults change nothing.
 
     Returns:
         site -> largest change of the quantized weight that this made; rounding a zero point that is already rounded
@@ -26,5 +31,6 @@ def finalize(layers: Mapping[str, QuantizedConv2d | QuantizedLinear]) -> dict[st
             for quantizer in (layer.weight_quantizer, layer.input_quantizer):
                 if quantizer is not None:
                     quantizer.round_parameters()
+            layer.store_as(pack)
             changed[name] = (layer.quantized_weight() - before).abs().max().item()
     return changed

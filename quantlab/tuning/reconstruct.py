@@ -106,6 +106,7 @@ class ReconstructTuner(Tuner):
             reconstruction = _Reconstruction(config, job, block, index, step)
             errors = reconstruction.learn_rounding(iterations) if iterations else []
             history[block.name] = errors + (reconstruction.learn_activations(afterwards) if afterwards else [])
+            del reconstruction  # its tensors, before those of the next
             save_layers(job, index + 1, history)
         return TuneResult(history)
 

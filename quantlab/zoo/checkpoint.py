@@ -14,13 +14,31 @@ from torch import Tensor, nn
 from quantlab.errors import ModelError
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt")
+LEFTOVERS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+"""What training frameworks put into a checkpoint beside its weights; read as nothing."""
+
+
+class _Nothing:
+    """Stands in for a leftover, so that a checkpoint with one can be read and nothing of it is built or run."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a torch checkpoint that holds nothing but tensors.
 
     A checkpoint is a state dict, or a mapping with one under ``state_dict``; it is read with ``weights_only=True``, so
-    that code inside it is refused and never run.
+    that code inside it is refused and never run. The counters and callbacks that training leaves beside the state dict
+    are passed over.
 
     Raises:
         ModelError: the file is missing, truncated, of another kind, or would run code.
@@ -29,7 +47,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix in CHECKPOINTS:
-            return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
+            with torch.serialization.safe_globals([(_Nothing, name) for name in LEFTOVERS]):
+                return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
     except (OSError, SafetensorError, EOFError) as error:
         raise ModelError("the weights cannot be read", where=str(path), got=error) from error
     except (pickle.UnpicklingError, RuntimeError) as error:

@@ -98,21 +98,27 @@ def open_images() -> Draw:
     return draw
 
 
-def lessons(batch: int, noise: float, rng: torch.Generator) -> Lessons:
-    """Four fifths of the scans in random order, shifted and with noise, again and again; the rest are the test."""
+def split(rng: torch.Generator, test_share: float) -> tuple[Images, Images]:
+    """The scans in random order, in two parts: those to learn from, and those held out."""
     images, labels = load_images()
     order = torch.randperm(len(images), generator=rng)
-    num_test = round(len(images) * TEST_SHARE)
+    num_test = round(len(images) * test_share)
     test, train = order[:num_test], order[num_test:]
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def lessons(batch: int, noise: float, rng: torch.Generator, test_share: float = TEST_SHARE) -> Lessons:
+    """All scans but a share, in random order, shifted and with noise, again and again; the share is the test."""
+    (images, labels), test = split(rng, test_share)
 
     def batches() -> Iterator[Images]:
         while True:
-            shuffled = train[torch.randperm(len(train), generator=rng)]
-            whole = len(train) // batch
+            shuffled = torch.randperm(len(images), generator=rng)
+            whole = len(images) // batch
             for pick in shuffled[: whole * batch].view(whole, batch):
                 yield _augment(images[pick], noise, rng), labels[pick]
 
-    return Lessons(batches(), (images[test], labels[test]))
+    return Lessons(batches(), test)
 
 
 def _augment(images: Tensor, noise: float, rng: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from quantlab.zoo import digits, shapes
+from quantlab.zoo import digits, shapes, vision
 from quantlab.zoo.checkpoint import fill, read_weights
 from quantlab.zoo.description import Classifier, DenoiserModel, JudgeModel
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 DENOISERS: Mapping[str, DenoiserModel] = {model.name: model for model in (*digits.DENOISERS, *shapes.DENOISERS)}
 JUDGES: Mapping[str, JudgeModel] = {judge.name: judge for judge in (digits.JUDGE, shapes.JUDGE)}
+
+VISION: Mapping[str, vision.VisionModel] = {model.name: model for model in (vision.VIT,)}
+"""Classifiers to quantize, with weights that ship."""
 
 
 def weights_path(name: str) -> Path:
@@ -36,6 +39,11 @@ def load_denoiser(model: DenoiserModel, path: Path | None = None) -> UNet2DModel
 def load_judge(judge: JudgeModel) -> Classifier:
     """The trained classifier, in float32 and evaluation mode; raises ModelError as ``load_denoiser`` does."""
     return _load(judge.build(), judge.name)  # type: ignore[return-value]
+
+
+def load_vision(model: vision.VisionModel, path: Path | None = None) -> nn.Module:
+    """The trained network, in float32 and evaluation mode; as ``load_denoiser``."""
+    return _load(model.build(), model.name, path)
 
 
 def _load(module: nn.Module, name: str, path: Path | None = None) -> nn.Module:

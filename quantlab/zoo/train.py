@@ -16,7 +16,8 @@ from quantlab.store import atomic_write, atomic_write_text
 from quantlab.zoo.classifier import train_classifier
 from quantlab.zoo.denoiser import Training
 from quantlab.zoo.description import DenoiserModel, JudgeModel
-from quantlab.zoo.models import DENOISERS, JUDGES
+from quantlab.zoo.models import DENOISERS, JUDGES, VISION
+from quantlab.zoo.vision import VisionModel
 
 Log = Callable[[int, int, float], None]
 """Called with the iteration, the number of iterations and the loss, a running mean where it is a denoiser's."""
@@ -38,21 +39,21 @@ def train(name: str, folder: Path, log: Log = _quiet) -> Path:
         RecipeError: no zoo model has this name.
         ArtefactError: the folder holds the state of a stopped training that is damaged or had other settings.
     """
-    known = {**DENOISERS, **JUDGES}
+    known = {**DENOISERS, **JUDGES, **VISION}
     if name not in known:
         raise RecipeError(f'there is no zoo model "{name}"', allowed=", ".join(known), next_step=nearest(name, known))
     folder.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread makes the sums, and so the weights, the same on every run
     try:
-        if name in JUDGES:
-            return _train_judge(JUDGES[name], folder, log)
+        if name in JUDGES or name in VISION:
+            return _train_classifier({**JUDGES, **VISION}[name], folder, log)
         return _train_denoiser(DENOISERS[name], folder, log)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train_judge(judge: JudgeModel, folder: Path, log: Log) -> Path:
+def _train_classifier(model: JudgeModel | VisionModel, folder: Path, log: Log) -> Path:
     losses: list[tuple[int, float]] = []
 
     def keep(iteration: int, iterations: int, loss: float) -> None:
@@ -61,9 +62,10 @@ def _train_judge(judge: JudgeModel, folder: Path, log: Log) -> Path:
         log(iteration, iterations, loss)
 
     start = time.perf_counter()
-    model, accuracy = train_classifier(judge, keep)
-    record = {"test_accuracy": accuracy, "settings": vars(judge.settings), "loss": losses}
-    return save(model, judge.name, folder, record | {"seconds": round(time.perf_counter() - start, 1)})
+    lessons = model.data.lessons if isinstance(model, JudgeModel) else model.lessons
+    network, accuracy = train_classifier(model.build, lessons, model.settings, keep)
+    record = {"test_accuracy": accuracy, "settings": vars(model.settings), "loss": losses}
+    return save(network, model.name, folder, record | {"seconds": round(time.perf_counter() - start, 1)})
 
 
 def _train_denoiser(model: DenoiserModel, folder: Path, log: Log) -> Path:

@@ -25,6 +25,7 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TOP = r"(?:quantlab|plugins|tests|docs|recipes|quantlab_\w+)"
 FILE = re.compile(rf"(?<![\w/.-]){TOP}/[\w./-]+\.(?:py|yaml|md|json|png)(?:::\w+)?")
 FOLDER = re.compile(rf"{TOP}(?:/[\w.-]+)*/?")
+TITLE = re.compile(r'title="[^"]+"')
 TEST = re.compile(r"(?:[\w/]+\.py::)?test_\w+")
 DOTTED = re.compile(r"quantlab(\.[A-Za-z_]\w*)+")
 INTERVAL = re.compile(r"[\d.,]+ ± [\d.]+")
@@ -36,6 +37,12 @@ documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path
 def prose(document: Path) -> str:
     """A document without its fenced blocks."""
     return FENCE.sub("", document.read_text())
+
+
+def generated_pages() -> set[Path]:
+    """The pages of the site that are written from the code."""
+    text = (ROOT / "docs" / "site" / "generate.py").read_text()
+    return {ROOT / "docs" / page for page in re.findall(r'"((?:reference|methods)/[\w-]+\.md)":', text)}
 
 
 def found(path: str, document: Path) -> bool:
@@ -52,14 +59,19 @@ def names_of_tests() -> set[str]:
 
 
 def cited_paths(document: Path) -> Iterator[str]:
-    yield from (match.partition("::")[0] for match in FILE.findall(document.read_text()))
+    yield from (match.partition("::")[0] for match in FILE.findall(TITLE.sub("", document.read_text())))
     yield from (span for span in SPAN.findall(prose(document)) if "/" in span and FOLDER.fullmatch(span))
+
+
+def there(target: Path) -> bool:
+    """Whether a link leads to a file, or to a page that the site makes."""
+    return target.exists() or target in generated_pages()
 
 
 @documents
 def test_every_relative_link_leads_somewhere(document: Path) -> None:
     targets = [target.partition("#")[0] for target in LINK.findall(prose(document)) if "://" not in target]
-    missing = [target for target in targets if target and not (document.parent / target).exists()]
+    missing = [target for target in targets if target and not there((document.parent / target).resolve())]
     assert not missing
 
 

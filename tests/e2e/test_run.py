@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from toys import silent
 
-from quantlab.api import load_quantized, quantize
+from quantlab.api import load_quantized, pack, quantize
 from quantlab.api import sample as sample_run
-from quantlab.errors import ArtefactError, ModelError, QuantlabError, RecipeError
+from quantlab.errors import ArtefactError, ModelError, PackError, QuantlabError, RecipeError
 from quantlab.recipe.load import load_recipe
 from quantlab.report.console import make_console
 from quantlab.run import RunOptions, run
@@ -68,7 +68,7 @@ def test_changing_the_evaluation_runs_nothing_before_it(finished) -> None:
     root, _ = finished
     found = statuses(go(root, "evaluate.metrics=[fid]").folder)
     again = {stage for stage, status in found.items() if status == "computed"}
-    assert again == {stage for stage in found if stage.endswith("/evaluate")}
+    assert again == {stage for stage in found if stage.endswith(("/evaluate", "/pack"))}  # a file holds its metrics
 
 
 def test_the_artefact_is_the_model_that_was_measured(finished, tmp_path) -> None:
@@ -251,3 +251,49 @@ def test_a_module_in_memory_has_no_sampler_to_correct() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 3)).eval()
     with pytest.raises(RecipeError, match="cannot be corrected"):
         quantize(module, [torch.randn(4, 3)], "ptqd")
+
+
+def test_every_method_of_a_run_is_packed(finished, tmp_path: Path) -> None:
+    """The file alone gives the images that were measured; its tensors have the size that the row says."""
+    _, result = finished
+    for row in result.rows[1:]:
+        file = result.folder / row.method / "pack" / "model.safetensors"
+        packed, loaded = load_quantized(file), load_quantized(result.folder, row.method)
+        inputs = loaded.task.example_inputs(4)
+        with torch.no_grad():
+            assert torch.equal(packed.run(inputs), loaded.run(inputs))
+        assert sum(value.nbytes for value in load_file(file).values()) == row.size_bytes
+        evaluation = packed.manifest.origin.evaluation
+        assert evaluation["metrics"] == row.metrics and evaluation["protocol"] == row.protocol
+        assert all(
+            torch.equal(packed.bit_map.weight_bits[site], bits)
+            for site, bits in loaded.bit_map.weight_bits.items()
+            if site in packed.bit_map.weight_bits
+        )
+    again = tmp_path / "again.safetensors"
+    command = [sys.executable, "-m", "quantlab", "pack", str(result.folder), "--method", "mse", "--output", str(again)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"{again.stat().st_size:,} bytes" in told
+    tensors = load_file(result.folder / "mse" / "pack" / "model.safetensors")
+    assert all(torch.equal(value, tensors[name]) for name, value in load_file(again).items())
+    assert "3 images of mse" in sample_run(again, 3, 0, tmp_path / "s.png", "cpu")
+    for options in ({"method": "mse"}, {"steps": 3}):
+        with pytest.raises(RecipeError, match="of a run folder"):
+            load_quantized(again, **options)
+    with pytest.raises(RecipeError, match="of a packed file"):
+        load_quantized(result.folder, keep_packed=True)
+
+
+def test_a_format_of_its_own_and_free_zero_points_are_not_packed_and_the_run_goes_on(tmp_path: Path) -> None:
+    settings = ("baselines=[]", "evaluate.metrics=[paired-error]", "weights.observer=min_max")
+    for extra, reason in (("weights.quantizer=residual", "format"), ("weights.round_zero_point=false", "free floats")):
+        result = go(tmp_path, *settings, "method=mse", extra)
+        assert None not in result.rows[-1].metrics.values() and result.rows[-1].metrics
+        assert not (result.folder / "mse" / "pack").exists()
+        with pytest.raises(PackError, match=reason):
+            pack(result.folder)
+    free = result.rows[-1]
+    rounded = go(tmp_path, *settings, "method=mse", extra, "pack.free_zero_points=round")
+    assert (rounded.folder / "mse" / "pack" / "model.safetensors").is_file()
+    # The scale search's zero points are integers already, so that rounding them saves bytes alone.
+    assert rounded.rows[-1].metrics == free.metrics and rounded.rows[-1].size_bytes < free.size_bytes

@@ -108,5 +108,5 @@ class GuidedTask(Task):
         unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
-    def calibrate(self, run: Run, num_samples: int, rng: torch.Generator, progress: Progress) -> CalibrationSet:
+    def calibrate(self, run: Run, samples: range, rng: torch.Generator, progress: Progress) -> CalibrationSet:
         raise NotImplementedError

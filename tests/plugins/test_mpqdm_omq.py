@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantlab import AllocationProblem, BitMap, Observer, RecipeError, Site, SiteKind, Slot
 from quantlab.calibration.stats import SiteRecord, TensorSiteData
+from quantlab.contracts.allocation import SiteData
 from quantlab.contracts.sections import Budget
 
 
@@ -200,3 +201,31 @@ def test_kurtosis_does_not_depend_on_scale(seed: int, exponent: int) -> None:
 def test_offsets_must_keep_the_mean(offsets: list[int]) -> None:
     with pytest.raises(ValueError, match="mean bits stay"):
         KurtosisConfig(offsets=offsets)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("observer", [Observer.MSE, Observer.MIN_MAX])
+@pytest.mark.parametrize("input_bits", [None, 4, 8])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_choice_by_channel_errors_is_that_of_the_outputs(
+    observer: Observer, input_bits: int | None, groups: int
+) -> None:
+    rng = torch.Generator().manual_seed(groups)
+    conv = nn.Conv2d(8, 40, 3, padding=1, groups=groups)
+    conv.weight.data = torch.randn(conv.weight.shape, generator=rng) * torch.rand(40, 1, 1, 1, generator=rng)
+    for layer, x in [
+        (linear(heavy_and_flat(40)), torch.randn(30, 64, generator=rng)),
+        (conv, torch.randn(6, 8, 7, 7, generator=rng)),
+    ]:
+        problem = problem_of(layer, x)
+        data, policy = problem.data, KurtosisPolicy(KurtosisConfig())
+        order = policy.ranked(data.weight("layer"), problem.rng)
+        given = problem.given.weight_bits["layer"]
+        candidates = [policy._bits(problem.sites[0], given, order, count) for count in policy.candidates(40)]
+        chosen = data.best_bits("layer", candidates, observer, input_bits)
+        assert chosen == SiteData.best_bits(data, "layer", candidates, observer, input_bits)
+        assert chosen == data.best_bits("layer", [*candidates, candidates[chosen]], observer, input_bits)
+
+
+def test_a_search_whose_errors_are_all_zero_takes_the_first() -> None:
+    problem = problem_of(linear(torch.zeros(20, 8)), torch.randn(9, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(allocated(problem), torch.full((20,), 3, dtype=torch.int8))

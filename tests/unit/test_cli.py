@@ -322,3 +322,52 @@ def test_runs_are_listed_and_cleaned(tmp_path):
 
 def test_version():
     assert call("--version").stdout.startswith("quantlab ")
+
+
+def test_init_writes_a_recipe_that_is_valid_and_its_schema(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("init", "first.yaml")
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "first.yaml")
+    assert Path("first.yaml").read_text().startswith("# yaml-language-server: $schema=quantlab.schema.json\n")
+    assert json.loads(Path("quantlab.schema.json").read_text())["required"] == ["version"]
+    assert "first.yaml: valid; method mse, 1 baselines" in call("validate", "first.yaml").stdout
+    again = call("init", "first.yaml")
+    assert again.exit_code == 2 and "the file exists" in again.stderr
+
+
+def test_validate_takes_several_files_and_benches(given):
+    result = call("validate", "bench/digits-budget", "digits/mpq-dm-w2a4")
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()
+    assert "valid; a bench of " in first and "valid; method mpq-dm" in second
+    wrong = call("validate", "bench/digits-budget", "--set", "seed=1")
+    assert wrong.exit_code == 2 and "a bench sets its values itself" in wrong.stderr
+
+
+def test_the_schema_has_the_options_of_a_plugin(given, tmp_path):
+    result = call("schema", *given[1:])
+    assert "spiral" in json.loads(result.stdout)["$defs"]["PolicyChoice"]["anyOf"][0]["enum"]
+    file = tmp_path / "editor" / "schema.json"
+    assert call("schema", "--output", str(file)).stdout == f"{file}\n"
+    assert "spiral" not in file.read_text()
+
+
+def test_migrate_says_when_there_is_nothing_to_do(given):
+    result = call("migrate", given[0])
+    assert (result.exit_code, result.stdout) == (0, f"{given[0]}: is of the current version, nothing to do\n")
+
+
+def test_new_plugin_writes_a_package_and_refuses_to_overwrite_it(tmp_path):
+    arguments = ("new", "plugin", "weight-range", "--kind", "policy", "--output", str(tmp_path))
+    result = call(*arguments)
+    assert result.exit_code == 0 and "next: cd " in result.stdout
+    assert (tmp_path / "quantlab-weight-range" / "quantlab_weight_range" / "policy_plugin.py").is_file()
+    again = call(*arguments)
+    assert again.exit_code == 2 and "the folder exists" in again.stderr
+    assert "did you mean" in call("new", "plugin", "x", "--kind", "polcy", "--output", str(tmp_path)).stderr
+
+
+def test_options_are_shown_with_type_default_and_bounds():
+    text = call("show", "pass", "smooth").stdout
+    assert "alpha = 0.5  (number, at least 0, at most 1)  share of the input's range" in text
+    assert "paper: SmoothQuant" in text and "from: builtin (quantlab " in text

@@ -248,3 +248,27 @@ def test_every_hook_has_a_manual():
     hooks = [value for name, value in vars(hookspecs).items() if name.startswith("quantlab_")]
     assert len(hooks) == len(Kind) + 1
     assert all(len(hook.__doc__.split()) >= 10 for hook in hooks)
+
+
+def test_a_plugin_for_the_current_hooks_is_loaded(install):
+    install(one=module(f"quantlab_api = {hookspecs.API_VERSION}\n{POLICY.format(name='flat')}"))
+    assert list(load_registry().entries(Kind.POLICY)) == ["flat"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [("99", "newer quantlab"), ("'1'", "as a whole number"), ("0", "as a whole number"), ("None", "as a whole number")],
+)
+def test_a_plugin_for_other_hooks_is_set_aside(install, stated, told):
+    install(odd=module(f"quantlab_api = {stated}\n{POLICY.format(name='flat')}"))
+    registry = load_registry()
+    assert list(registry.entries(Kind.POLICY)) == []
+    assert told in registry.broken[0].reason and f"quantlab_api = {stated}" in registry.broken[0].reason
+
+
+def test_a_newer_core_says_what_has_changed_since_the_plugin_was_written():
+    plugin = module("quantlab_api = 1")
+    with pytest.raises(PluginError) as caught:
+        plugins.check_api(plugin, "old (package 1.0)", 3, {2: "allocate gets a problem", 3: "losses return a tensor"})
+    assert "2: allocate gets a problem; 3: losses return a tensor" in str(caught.value)
+    assert "old (package 1.0)" in str(caught.value)

@@ -46,6 +46,7 @@ class MemoryRelationLoss(Loss):
 
     name: ClassVar[str] = "memory-relation"
     paper: ClassVar[str | None] = "MPQ-DMv2, arXiv 2507.04290, framework figure; settings are guesses"
+    needs_timestep: ClassVar[bool] = True
     Config = MemoryRelationConfig
 
     def __init__(self, config: MemoryRelationConfig) -> None:

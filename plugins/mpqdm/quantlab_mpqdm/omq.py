@@ -5,7 +5,6 @@ Feng et al., MPQ-DM, AAAI 2025, arXiv 2412.11549, section "Outlier-Driven Mixed 
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from typing import ClassVar
 
@@ -112,13 +111,9 @@ class KurtosisPolicy(BitPolicy):
         input_bits = (
             problem.given.activation_bits[site.name, site.slots[0].name] if self.config.quantize_inputs else None
         )
-        best, best_error = 0, math.inf
-        for count in self.candidates(site.out_channels):
-            candidate = self._bits(site, given, order, count)
-            error = problem.data.output_error(site.name, candidate, self.config.search_observer, input_bits)
-            if error < best_error:
-                best, best_error = count, error
-        return best
+        counts = self.candidates(site.out_channels)
+        bits = [self._bits(site, given, order, count) for count in counts]
+        return counts[problem.data.best_bits(site.name, bits, self.config.search_observer, input_bits)]
 
     def _has_room(self, given: Tensor) -> bool:
         low, _, high = self.config.offsets

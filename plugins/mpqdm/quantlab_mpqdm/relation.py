@@ -36,6 +36,7 @@ class RelationLoss(Loss):
 
     name: ClassVar[str] = "relation"
     paper: ClassVar[str | None] = "MPQ-DM, AAAI 2025, arXiv 2412.11549"
+    needs_timestep: ClassVar[bool] = True
     Config = RelationConfig
 
     def __init__(self, config: RelationConfig) -> None:

@@ -36,7 +36,7 @@ class UniformTimesteps(CalibrationSampler):
 
     def choose(self, problem: SamplerProblem) -> CalibrationPairs:
         """As many at each step as the budget allows: fewer steps have more trajectories each, up to those recorded."""
-        steps = evenly_spaced(len(problem.timesteps), self.config.steps)
+        steps = evenly_spaced(len(problem.timesteps), min(self.config.steps, problem.budget))
         each = min(problem.num_samples, max(1, problem.budget // len(steps)))
         return CalibrationPairs(steps.repeat_interleave(each), torch.arange(each).repeat(len(steps)))
 

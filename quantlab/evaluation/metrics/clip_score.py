@@ -72,9 +72,9 @@ class ClipScore(ImageMetric):
             inputs = processor(
                 text=list(samples.prompts[part]),
                 images=list(pixels[part]),
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
+                return_tensors="pt",  # pyright: ignore[reportCallIssue]
+                padding=True,  # pyright: ignore[reportCallIssue]
+                truncation=True,  # pyright: ignore[reportCallIssue]
             )
             with torch.no_grad():
                 output = model(**inputs)

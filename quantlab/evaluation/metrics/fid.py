@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from quantlab.contracts.config import Strict
+from quantlab.contracts.model import Evidence
 from quantlab.evaluation.samples import ImageMetric, SampleSet
 from quantlab.torchvision_shim import ensure_torchvision_imports
 
@@ -47,6 +49,7 @@ class Fid(ImageMetric):
 
     name: ClassVar[str] = "fid"
     paper: ClassVar[str | None] = "Heusel et al. 2017, arXiv 1706.08500"
+    needs: ClassVar[Collection[Evidence]] = (Evidence.FEATURES, Evidence.REFERENCE)
     Config = NoOptions
 
     def __init__(self, config: NoOptions) -> None:
@@ -54,6 +57,7 @@ class Fid(ImageMetric):
 
     def compute(self, samples: SampleSet) -> dict[str, float]:
         """``fid``."""
+        assert samples.features is not None and samples.reference_features is not None, "needs says so"
         return {"fid": frechet_distance(samples.features, samples.reference_features)}
 
 
@@ -62,6 +66,7 @@ class FidToTeacher(ImageMetric):
 
     name: ClassVar[str] = "fid-to-teacher"
     paper: ClassVar[str | None] = "Heusel et al. 2017, arXiv 1706.08500"
+    needs: ClassVar[Collection[Evidence]] = (Evidence.FEATURES,)
     Config = NoOptions
 
     def __init__(self, config: NoOptions) -> None:
@@ -69,4 +74,5 @@ class FidToTeacher(ImageMetric):
 
     def compute(self, samples: SampleSet) -> dict[str, float]:
         """``fid-to-teacher``."""
+        assert samples.features is not None and samples.teacher_features is not None, "needs says so"
         return {"fid-to-teacher": frechet_distance(samples.features, samples.teacher_features)}

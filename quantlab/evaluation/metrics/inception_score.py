@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 from torch import Tensor
 from torchmetrics import Metric
 
+from quantlab.contracts.model import Evidence
 from quantlab.evaluation.metrics.fid import NoOptions
 from quantlab.evaluation.samples import ImageMetric, SampleSet
 
@@ -44,6 +46,7 @@ class InceptionScoreMetric(ImageMetric):
 
     name: ClassVar[str] = "is"
     paper: ClassVar[str | None] = "Salimans et al. 2016, arXiv 1606.03498"
+    needs: ClassVar[Collection[Evidence]] = (Evidence.FEATURES,)
     Config = NoOptions
 
     def __init__(self, config: NoOptions) -> None:
@@ -51,6 +54,8 @@ class InceptionScoreMetric(ImageMetric):
 
     def compute(self, samples: SampleSet) -> dict[str, float]:
         """``is``, of the logits of the network that gives the features."""
+        logits = samples.logits if samples.feature_logits is None else samples.feature_logits
+        assert logits is not None, "needs says so"
         metric = InceptionScore()
-        metric.update(samples.logits if samples.feature_logits is None else samples.feature_logits)
+        metric.update(logits)
         return {"is": metric.compute().item()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from quantlab.contracts.model import Evidence
 from quantlab.evaluation.metrics.fid import NoOptions
 from quantlab.evaluation.samples import ImageMetric, SampleSet
 
@@ -64,6 +66,7 @@ class Kid(ImageMetric):
 
     name: ClassVar[str] = "kid"
     paper: ClassVar[str | None] = "Bińkowski et al. 2018, arXiv 1801.01401"
+    needs: ClassVar[Collection[Evidence]] = (Evidence.FEATURES, Evidence.REFERENCE)
     Config = NoOptions
 
     def __init__(self, config: NoOptions) -> None:
@@ -71,6 +74,7 @@ class Kid(ImageMetric):
 
     def compute(self, samples: SampleSet) -> dict[str, float]:
         """``kid``, times 1000."""
+        assert samples.features is not None and samples.reference_features is not None, "needs says so"
         metric = KernelDistance()
         metric.update(samples.reference_features, real=True)
         metric.update(samples.features, real=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from quantlab.contracts.config import Strict
+from quantlab.contracts.model import Evidence
 from quantlab.evaluation.samples import ImageMetric, SampleSet
 
 CHUNK_ELEMENTS = 1 << 24
@@ -76,6 +77,7 @@ class PrecisionRecall(ImageMetric):
     name: ClassVar[str] = "precision-recall"
     resamples: ClassVar[bool] = False
     paper: ClassVar[str | None] = "Kynkäänniemi et al. 2019, arXiv 1904.06991"
+    needs: ClassVar[Collection[Evidence]] = (Evidence.FEATURES, Evidence.REFERENCE)
     Config = PrecisionRecallConfig
 
     def __init__(self, config: PrecisionRecallConfig) -> None:
@@ -83,6 +85,7 @@ class PrecisionRecall(ImageMetric):
 
     def compute(self, samples: SampleSet) -> dict[str, float]:
         """``precision`` and ``recall``."""
+        assert samples.features is not None and samples.reference_features is not None, "needs says so"
         metric = ManifoldPrecisionRecall(self.config.neighbours)
         metric.update(samples.reference_features, real=True)
         metric.update(samples.features, real=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from quantlab.contracts.model import Evidence
 from quantlab.evaluation.metrics.fid import NoOptions
 from quantlab.evaluation.samples import ImageMetric, SampleSet
 
@@ -58,7 +60,7 @@ class SFid(ImageMetric):
 
     name: ClassVar[str] = "sfid"
     paper: ClassVar[str | None] = "Nash et al. 2021, arXiv 2103.03841"
-    needs_spatial: ClassVar[bool] = True
+    needs: ClassVar[Collection[Evidence]] = (Evidence.SPATIAL, Evidence.REFERENCE)
     Config = NoOptions
 
     def __init__(self, config: NoOptions) -> None:
@@ -66,7 +68,7 @@ class SFid(ImageMetric):
 
     def compute(self, samples: SampleSet) -> dict[str, float]:
         """``sfid``."""
-        assert samples.spatial is not None and samples.reference_spatial is not None, "needs_spatial says so"
+        assert samples.spatial is not None and samples.reference_spatial is not None, "needs says so"
         metric = SpatialFrechetDistance()
         metric.update(samples.reference_spatial, real=True)
         metric.update(samples.spatial, real=False)

@@ -50,7 +50,7 @@ def insert_quantizers(
                 next_step=nearest(name, [path for path, _ in model.named_modules()]),
             )
     for name in site_names:
-        _quantize_at(model, name)
+        quantize_at(model, name)
     graph.lint()
     return captured
 
@@ -91,7 +91,7 @@ def _time_inside(graph: fx.Graph, node: fx.Node, inner: Sequence[str], timestep:
     pair.args = (module, timestep, timed, *rest)
 
 
-def _quantize_at(model: nn.Module, name: str) -> None:
+def quantize_at(model: nn.Module, name: str) -> None:
     """Put a quantized layer wherever the model holds the layer ``name``; a shared one stays shared."""
     layer = model.get_submodule(name)
     if isinstance(layer, QuantizedLinear | QuantizedConv2d):

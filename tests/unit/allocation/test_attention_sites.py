@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from toys import ToyDenoiser, affine, make_toy, silent
+from toys import Attending, affine, make_toy, silent
 
 from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.cost import planned_cost, student_cost
@@ -25,37 +23,6 @@ from quantlab.quant.accounting import FloatModel
 from quantlab.stages.describe import coverage_text
 from quantlab.stages.prepare import layer_set_digest, plan_digest
 from quantlab.store import digest_of
-
-
-class SelfAttention(nn.Module):
-    """Two heads over the pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = x.shape
-        rows = x.flatten(2).transpose(1, 2)
-        query, key, value = (
-            part.view(batch, height * width, 2, channels // 2).transpose(1, 2) for part in self.qkv(rows).chunk(3, -1)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=0.7)
-        mixed = self.out(mixed.transpose(1, 2).reshape(batch, height * width, channels))
-        return x + mixed.transpose(1, 2).view(batch, channels, height, width)
-
-
-class Attending(ToyDenoiser):
-    """An attention between the blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attend = SelfAttention()
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        embedding = F.silu(self.time(timestep.float()[:, None] / 1000))
-        x = self.attend(self.blocks[0](self.conv_in(sample), embedding))
-        return self.conv_out(self.blocks[1](x, embedding))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from quantlab.models.builtin import BuiltinConfig, BuiltinSource, BuiltinTask
 from quantlab.models.module import ModuleTask
 from quantlab.zoo import digits, models
 from quantlab.zoo.denoiser import noise_schedule
-from quantlab.zoo.models import DENOISERS, JUDGES, load_denoiser, weights_path
+from quantlab.zoo.models import DENOISERS, JUDGES, VISION, load_denoiser, weights_path
 
 
 def load(name: str = "digits", **sampling: object) -> BuiltinTask:
@@ -47,7 +47,7 @@ def test_guidance_is_one_doubled_call(name: str) -> None:
 @pytest.mark.parametrize("name", ["digits", "shapes"])
 def test_calibration_is_the_trajectory(name: str) -> None:
     task = load(name, steps=4)
-    data = task.calibrate(run_of(task), 3, torch.Generator().manual_seed(0), lambda done, total: None)
+    data = task.calibrate(run_of(task), range(3), torch.Generator().manual_seed(0), lambda done, total: None)
     assert data.outputs.shape == (4, 3, *task.data.image_shape)
     assert data.inputs["timestep"][:, 0].tolist() == [751, 501, 251, 1]
     for index in range(3):
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_anything_but_tensors_is_refused(
 
 def test_weights_are_small() -> None:
     sizes = {file.stem: file.stat().st_size for file in weights_path("digits").parent.glob("*.safetensors")}
-    assert sizes.keys() == DENOISERS.keys() | JUDGES.keys()
+    assert sizes.keys() == DENOISERS.keys() | JUDGES.keys() | VISION.keys()
     assert sum(size for name, size in sizes.items() if name.startswith("digits")) < 6e6
     assert sum(size for name, size in sizes.items() if name.startswith("shapes")) < 8e6
 

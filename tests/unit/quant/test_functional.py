@@ -44,15 +44,6 @@ def test_mse_search_of_all_channels_is_the_search_of_each() -> None:
         assert zero_point[index].item() == expected[1]
 
 
-def test_search_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = rows(1, count=40)
-    bits = torch.arange(40) % 4 + 1
-    whole = search_scale(x, bits, Observer.MSE)
-    monkeypatch.setattr("quantlab.quant.functional._CHUNK_ELEMENTS", 64)
-    parts = search_scale(x, bits, Observer.MSE)
-    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
-
-
 @pytest.mark.parametrize("observer", list(Observer))
 @pytest.mark.parametrize("value", [0.0, 1.5, -2.25, 1e-30, -1e30])
 def test_constant_rows_are_finite(observer: Observer, value: float) -> None:
@@ -218,3 +209,42 @@ def test_half_precision_is_computed_in_the_precision_of_the_scale(dtype: torch.d
     exact = fake_quantize(x.float(), torch.tensor(0.0371), torch.tensor(7.0), 15).to(dtype)
     assert torch.equal(found[0][0], exact)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_codes_on_the_borders_keep_their_gradient() -> None:
+    # Codes -1, 0 (rounded up from outside), 3 (rounded down from outside) and 4 at two bits.
+    x = torch.tensor([[-1.0, -0.4, 3.4, 4.0]], requires_grad=True)
+    scale, zero_point = torch.ones(1, 1, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
+    fake_quantize(x, scale, zero_point, 3).sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
+    # q - z outside; q - z - x / s inside.
+    assert scale.grad.item() == pytest.approx(0 + 0.4 - 0.4 + 3)
+    assert zero_point.grad.item() == -2.0
+
+
+def literal_gradients(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """The formulas with every product written out; their layout in memory decides the order of the sums."""
+    ratio = x / scale
+    codes = torch.round(ratio).add_(zero_point)
+    inside = (codes >= 0) & (codes <= levels)
+    centred = codes.clamp_(torch.zeros_like(levels), levels).sub_(zero_point)
+    for_scale = (g * (centred - ratio * inside)).sum_to_size(scale.shape)
+    return g * inside, for_scale, (g * ~inside * -scale).sum_to_size(zero_point.shape)
+
+
+@pytest.mark.parametrize("last", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), ()])
+def test_gradients_are_the_literal_ones_to_the_last_bit_in_any_layout(last: tuple[bool, bool], shape: tuple) -> None:
+    rng = torch.Generator().manual_seed(13)
+    x, g = (
+        torch.randn(8, 16, 9, 9, generator=rng).contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        for channels_last in last
+    )
+    scale, zero_point = torch.rand(shape, generator=rng) * 0.2 + 0.1, torch.rand(shape, generator=rng) * 8
+    levels = torch.full(shape, 15.0)
+    leaves = [value.clone().requires_grad_() for value in (x, scale, zero_point)]
+    fake_quantize(leaves[0], leaves[1], leaves[2], levels).backward(g)
+    for leaf, expected in zip(leaves, literal_gradients(x, scale, zero_point, levels, g), strict=True):
+        assert torch.equal(leaf.grad, expected)

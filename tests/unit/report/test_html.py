@@ -81,6 +81,14 @@ def run_report(folder: Path, rows: list[Row], **changes: object) -> RunReport:
     return RunReport(**{**parts, **changes})
 
 
+def test_a_run_tells_what_it_was_calibrated_on(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    save_run_html(run_report(tmp_path, [row("mse")]), page)
+    assert "Calibration set" not in page.read_text()
+    save_run_html(run_report(tmp_path, [row("mse")], calibration=f'{{"digest": "0f1e {EVIL}"}}'), page)
+    assert "Calibration set" in page.read_text() and "0f1e &lt;script&gt;" in page.read_text()
+
+
 class Page(HTMLParser):
     """Tags in order, their attributes, and whether every tag is closed in its turn."""
 

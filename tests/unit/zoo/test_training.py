@@ -100,7 +100,9 @@ def test_a_longer_training_begins_as_a_shorter_one(short: DenoiserModel, monkeyp
 def test_a_judge_is_trained_to_the_same_weights_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "NUM_TEST", 100)
     judge = replace(JUDGES[name], settings=replace(JUDGES[name].settings, iterations=3, batch=16))
-    (first, accuracy), (second, same) = (train_classifier(judge, lambda *call: None) for _ in range(2))
+    (first, accuracy), (second, same) = (
+        train_classifier(judge.build, judge.data.lessons, judge.settings, lambda *call: None) for _ in range(2)
+    )
     assert accuracy == same
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
     assert not first.training

@@ -1,0 +1,48 @@
+"""OMQ: how many channels of a layer move up and down, by the error of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Case
+from quantlab.calibration.stats import SiteRecord, TensorSiteData
+from quantlab.contracts.allocation import SiteData
+from quantlab.contracts.quant import Observer
+
+GROUPS = 5
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """A linear layer of 1280 at 256 rows, and a convolution of 512 channels at 16x16."""
+    rng = torch.Generator().manual_seed(5)
+    yield _case(nn.Linear(1280, 1280), torch.randn(256, 1280, generator=rng), "linear 1280, 256 rows")
+    if not quick:
+        conv, x = nn.Conv2d(512, 512, 3, padding=1), torch.randn(1, 512, 16, 16, generator=rng)
+        yield _case(conv, x, "convolution 512, 16x16")
+
+
+def _case(layer: nn.Linear | nn.Conv2d, x: Tensor, work: str) -> Case:
+    record = SiteRecord.of_layer(layer.requires_grad_(False), (x,))
+    channels = len(layer.weight)
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(6))
+    candidates = []
+    for step in range(GROUPS + 1):
+        bits = torch.full((channels,), 4, dtype=torch.int8)
+        count = step * (channels // 10)
+        bits[order[:count]] += 1
+        bits[order[channels - count :]] -= 1
+        candidates.append(bits)
+
+    def each() -> int:
+        return SiteData.best_bits(TensorSiteData({"layer": record}), "layer", candidates, Observer.MIN_MAX, 8)
+
+    def by_channel() -> int:
+        return TensorSiteData({"layer": record}).best_bits("layer", candidates, Observer.MIN_MAX, 8)
+
+    facts = {"errors of channels": "same choice" if each() == by_channel() else "another choice"}
+    arms = {"one product for each candidate": each, "errors of channels": by_channel}
+    work = f"{work}, {len(candidates)} candidates of 3 widths, 8-bit inputs"
+    return Case("OMQ search", work, "one product for each candidate", arms, facts)

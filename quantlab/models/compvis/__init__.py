@@ -1,0 +1,1 @@
+"""Latent-diffusion checkpoints of CompVis, converted to modules of diffusers."""

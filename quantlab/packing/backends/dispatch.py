@@ -1,0 +1,157 @@
+"""Which kernel each site gets, and why: integers where they are exact, the simulation where not."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor, nn
+
+from quantlab.packing.backends.activation import ActivationKernel
+from quantlab.packing.backends.integers import (
+    ConvGeometry,
+    IntegerPart,
+    IntegerSite,
+    NotExecutable,
+    QuantizedLayer,
+    integers_of,
+)
+from quantlab.packing.backends.layers import IntegerLayer, Product
+from quantlab.packing.backends.onednn import OneDnnProduct, missing_operators
+from quantlab.packing.backends.reference import ReferenceProduct
+from quantlab.packing.backends.verify import verify
+from quantlab.quant.attention import QuantizedAttention
+from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+
+
+class Backend(StrEnum):
+    """What computes the integer products."""
+
+    ONEDNN = "onednn"
+    """torch's oneDNN operators on a CPU."""
+    REFERENCE = "reference"
+    """Plain torch integers: exact, slow, on every machine."""
+
+
+class Kernel(StrEnum):
+    """What a site is computed by."""
+
+    ONEDNN = "onednn int8"
+    REFERENCE = "reference int32"
+    SIMULATED = "simulated"
+
+
+@dataclass(frozen=True)
+class SiteDispatch:
+    """The kernel of one site.
+
+    Attributes:
+        site: its path.
+        kernel: what computes it.
+        why: why it is simulated, or what its integers cost; "" when there is nothing to say.
+    """
+
+    site: str
+    kernel: Kernel
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A network whose layers compute in integers.
+
+    Attributes:
+        network: a copy; it shares nothing with the one it was made from.
+        dispatch: the kernel of every site.
+    """
+
+    network: nn.Module
+    dispatch: tuple[SiteDispatch, ...]
+
+
+def lower(network: nn.Module, backend: Backend, activation: ActivationKernel) -> Lowered:
+    """A copy of a network with quantized layers that computes in integers where they are exact.
+
+    The copy is made around the new layers: their float weights are never copied.
+
+    Args:
+        network: with ``QuantizedLinear`` and ``QuantizedConv2d`` layers, on the CPU.
+        backend: what computes the products.
+        activation: quantizes the inputs.
+    """
+    missing = missing_operators() if backend is Backend.ONEDNN else ""
+    dispatch: list[SiteDispatch] = []
+    made: dict[int, object] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedConv2d):
+            entry, layer = _lower_layer(path, module, backend, activation, missing)
+            dispatch.append(entry)
+            if layer is not None:
+                made[id(module)] = layer
+        elif isinstance(module, QuantizedAttention) and module.quantizers:
+            dispatch.append(
+                SiteDispatch(path, Kernel.SIMULATED, "the two products of attention have no integer kernel")
+            )
+    return Lowered(copy.deepcopy(network, made), tuple(dispatch))
+
+
+def _lower_layer(
+    path: str, layer: QuantizedLayer, backend: Backend, activation: ActivationKernel, missing: str
+) -> tuple[SiteDispatch, IntegerLayer | None]:
+    try:
+        if missing:
+            raise NotExecutable(missing)
+        if layer.weight.device.type != "cpu":
+            raise NotExecutable(f"it is on {layer.weight.device}, and the kernels are for the CPU")
+        site = integers_of(layer)
+        built = IntegerLayer(site, _products(site, backend), activation, layer.smoothing, layer.branch)
+        built.train(layer.training)
+        verify(built, site, _columns(layer), tuple(layer.weight.shape[2:]))
+    except NotExecutable as reason:
+        return SiteDispatch(path, Kernel.SIMULATED, str(reason)), None
+    kernel = Kernel.ONEDNN if backend is Backend.ONEDNN else Kernel.REFERENCE
+    return SiteDispatch(path, kernel, _cost(built)), built
+
+
+def _products(site: IntegerSite, backend: Backend) -> list[Product]:
+    make: Callable[[IntegerPart, Tensor | None, ConvGeometry | None], Product] = (
+        OneDnnProduct.of if backend is Backend.ONEDNN else ReferenceProduct
+    )
+    # The bias is added once.
+    return [make(part, site.bias if position == 0 else None, site.geometry) for position, part in enumerate(site.parts)]
+
+
+def _columns(layer: QuantizedLayer) -> int:
+    return layer.in_features if isinstance(layer, QuantizedLinear) else layer.in_channels
+
+
+def _cost(layer: IntegerLayer) -> str:
+    """What makes a layer more than one product."""
+    notes = [f"{len(layer.products)} products, one for each part of its input"] if len(layer.products) > 1 else []
+    pieces = max(len(product.packed) if isinstance(product, OneDnnProduct) else 1 for product in layer.products)
+    notes += [f"weights beyond int8 take {pieces} products"] if pieces > 1 else []
+    notes += ["a low-rank product in float"] if layer.branch is not None else []
+    return "; ".join(notes)
+
+
+def dispatch_text(dispatch: Sequence[SiteDispatch]) -> str:
+    """The table: how many sites each kernel computes, then each site that has something to say."""
+    counts = Counter(entry.kernel for entry in dispatch)
+    lines = ["integer execution: " + ", ".join(f"{number} sites {kernel}" for kernel, number in counts.items())]
+    told = [entry for entry in dispatch if entry.why]
+    width = max((len(entry.site) for entry in told), default=0)
+    return "\n".join([*lines, *(f"  {entry.site:{width}}  {entry.kernel:{15}}  {entry.why}" for entry in told)])
+
+
+def loaded_bytes(network: nn.Module) -> int:
+    """Bytes of what a lowered network holds: float rest, int8 weights, scales."""
+    held: dict[int, int] = {}
+    for module in network.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        held |= {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel()}
+        if isinstance(module, IntegerLayer):
+            held[id(module)] = module.held_bytes()
+    return sum(held.values())
