@@ -502,7 +502,7 @@ def zoo_train(
     output: Annotated[Path, typer.Option("--output", help="folder for the weights")] = Path("zoo"),
     verbose: VerboseOption = False,
 ) -> None:
-    """Train a model that ships once more, on one core: digits in minutes, shapes in two hours. A stopped one goes on."""
+    """Train a model that ships once more on one core, digits in minutes, shapes in two hours; a stopped one goes on."""
     with told(verbose):
         from quantlab.zoo.train import train
 

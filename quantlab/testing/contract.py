@@ -23,7 +23,7 @@ from quantlab.evaluation.answers import ClassMetric
 from quantlab.evaluation.samples import ImageMetric
 from quantlab.plugins import Kind
 
-BASES: Mapping[Kind, type] = {
+BASES: Mapping[Kind, type | tuple[type, ...]] = {
     Kind.POLICY: BitPolicy,
     Kind.QUANTIZER: Quantizer,
     Kind.LOSS: Loss,

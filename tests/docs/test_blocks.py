@@ -1,7 +1,7 @@
 """Every code block of the tutorials and how-to pages runs as it stands there, in the smoke profile.
 
 Blocks of a page run in their order in one empty folder: a block with a title is written to that file, ``sh`` goes to a
-shell, ``python`` to a fresh interpreter of the page, all its blocks in one. A block below ``<!-- skip -->`` is only read.
+shell, ``python`` to a fresh interpreter, all blocks of the page in one. A block below ``<!-- skip -->`` is only read.
 """
 
 from __future__ import annotations
