@@ -34,7 +34,7 @@ def budgeted_sites(task: BuiltinTask) -> list[str]:
     own = folder / task.name.split("-")[0] / "mpq-dm-w2a4.yaml"
     recipe = load_recipe(own, [f"model.name={task.name}"]).recipe
     sites = capture_sites(task)[1]
-    return [entry.site.name for entry in plan(sites, recipe.keep, recipe.budget, {}).sites if entry.budgeted]
+    return [entry.site.name for entry in plan(sites, recipe, {}).sites if entry.budgeted]
 
 
 def input_absmax(task: BuiltinTask, sites: list[str]) -> Mapping[str, Tensor]:
@@ -74,6 +74,7 @@ def main() -> None:
     for name in DENOISERS:
         source = BuiltinSource(BuiltinConfig())
         task = source.load(Model(name=name), Sampling(steps=20), torch.device("cpu"), torch.float32)
+        assert isinstance(task, BuiltinTask)
         sites = budgeted_sites(task)
         inputs = input_absmax(task, sites)
         raw: list[Tensor] = []
