@@ -146,6 +146,7 @@ def compare_execution(
         with console.task(title) as progress, torch.no_grad():
             images.append(draw(task, loaded.student.run, settings, seed, progress, loaded.corrections))
     real = task.reference().features
+    assert real is not None, "the task offers features"
     fid, simulated_fid = (frechet_distance(task.judge(drawn)[0], real) for drawn in images)
     psnr = _psnr(*images)
     float_bytes = sum(value.numel() * value.element_size() for value in task.network.state_dict().values())

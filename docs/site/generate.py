@@ -17,6 +17,7 @@ from quantlab.cli import INTERRUPTED, app
 from quantlab.contracts.method import Method
 from quantlab.plugins import Entry, Kind, Registry, load_registry
 from quantlab.recipe.check import short_form
+from quantlab.recipe.options import option_types
 from quantlab.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -49,30 +50,12 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def options_table(model: type[BaseModel]) -> str:
     """The keys of a pydantic model: name, type, default, meaning."""
+    types = option_types(model)
     rows = [
-        (f"`{name}`", f"`{_type(field)}`", _default(field), field.description or "")
+        (f"`{name}`", types.get(name, ""), _default(field), field.description or "")
         for name, field in model.model_fields.items()
     ]
     return table(("key", "type", "default", "meaning"), rows) if rows else "No options."
-
-
-def _type(field: FieldInfo) -> str:
-    """A type as one writes it, without the paths of modules."""
-    annotation = field.annotation
-    text = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
-    bounds = [f"{sign} {value}" for sign, value in _bounds(field)]
-    for module in ("quantlab.contracts.sections.", "quantlab.contracts.quant.", "typing.", "collections.abc."):
-        text = text.replace(module, "")
-    return " ".join([text, *bounds])
-
-
-def _bounds(field: FieldInfo) -> Iterator[tuple[str, object]]:
-    for part in field.metadata:
-        for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
-            if getattr(part, name, None) is not None:
-                yield sign, getattr(part, name)
 
 
 def _default(field: FieldInfo) -> str:

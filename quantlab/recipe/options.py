@@ -18,6 +18,13 @@ def option_lines(config: type[BaseModel]) -> list[str]:
     return _lines(schema, schema.get("$defs", {}), "  ") or ["  none"]
 
 
+def option_types(config: type[BaseModel]) -> dict[str, str]:
+    """What may stand at each option, in words: "whole number, at least 1"."""
+    schema = config.model_json_schema()
+    definitions = schema.get("$defs", {})
+    return {name: _type(option, definitions) for name, option in schema.get("properties", {}).items()}
+
+
 def _lines(schema: Mapping[str, Any], definitions: Mapping[str, Any], indent: str) -> list[str]:
     lines = []
     for name, option in schema.get("properties", {}).items():
