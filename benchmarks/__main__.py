@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import bit_search, fake_quant, layer_step, scale_search
+from benchmarks import bit_search, fake_quant, integer_layers, integer_unet, layer_step, scale_search
 from benchmarks.machine import ENVIRONMENT, machine
 from benchmarks.measure import Case, measured
 from benchmarks.table import markdown, write_tables
@@ -23,13 +24,20 @@ SECTIONS: Mapping[str, Callable[[bool], Iterator[Case]]] = {
     "layer-step": layer_step.cases,
     "bit-search": bit_search.cases,
 }
+TABLES: Mapping[str, Callable[[int], dict[str, Any]]] = {
+    "integer-layers": integer_layers.main,
+    "integer-unet": integer_unet.main,
+}
+"""What prints a table of its own: rounds -> what is kept of it."""
 
 
 def main() -> None:
     """Run the chosen sections in a process with one thread and the environment of ``ENVIRONMENT``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one shape of each section, three rounds")
-    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS), help="sections to run")
+    parser.add_argument(
+        "--only", choices=[*SECTIONS, *TABLES], nargs="+", default=[*SECTIONS, *TABLES], help="sections to run"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="rounds of a case")
     parser.add_argument("--output", type=Path, help="write the JSON there")
     parser.add_argument("--document", type=Path, help="write the tables into this document, between its markers")
@@ -40,10 +48,15 @@ def main() -> None:
     ensure_torchvision_imports()
     results: dict[str, object] = {"machine": machine(), "cases": []}
     cases: list[object] = []
+    rounds = 3 if arguments.quick else arguments.rounds
     for name in arguments.only:
+        if name in TABLES:
+            print(name, file=sys.stderr, flush=True)
+            results[name] = TABLES[name](rounds)
+            continue
         for case in SECTIONS[name](arguments.quick):
             print(f"{case.section}: {case.work}", file=sys.stderr, flush=True)
-            cases.append(measured(case, 3 if arguments.quick else arguments.rounds))
+            cases.append(measured(case, rounds))
     results["cases"] = cases
     print(markdown(results))
     if arguments.output:

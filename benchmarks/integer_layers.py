@@ -1,7 +1,7 @@
 """Speed of integer layers over float32, activation quantization included, beside OpenVINO and ONNX Runtime.
 
 Weights of 3, 4 and 5 bits mixed in every layer, 8-bit activations. One thread, arms interleaved, medians. A ratio
-above 1 is faster than torch's float32 layer. Run: ``OMP_NUM_THREADS=1 python benchmarks/integer_layers.py``.
+above 1 is faster than torch's float32 layer. Run: ``OMP_NUM_THREADS=1 python -m benchmarks --only integer-layers``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from integer_peers import NOT_INSTALLED, onnxruntime_layer, openvino_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.integer_peers import NOT_INSTALLED, onnxruntime_layer, openvino_layer
 from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QuantSpec
 from quantlab.packing.backends.activation import activation_kernel
 from quantlab.packing.backends.dispatch import Backend, lower

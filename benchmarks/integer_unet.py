@@ -1,7 +1,7 @@
 """Speed and memory of the 35.7 M CIFAR-10 UNet in integers, over float32 and bfloat16 channels-last, batch 8.
 
 Random weights, 3/4/5 bits mixed in every layer, 8-bit activations; speed does not depend on the values. One thread,
-arms interleaved, medians. Run: ``OMP_NUM_THREADS=1 python benchmarks/integer_unet.py``.
+arms interleaved, medians. Run: ``OMP_NUM_THREADS=1 python -m benchmarks --only integer-unet``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import time
 from typing import Any
 
 import torch
-from integer_layers import interleaved_medians, quantize_layer
 from torch import Tensor, nn
 
+from benchmarks.integer_layers import interleaved_medians, quantize_layer
 from quantlab.packing.backends.activation import activation_kernel
 from quantlab.packing.backends.dispatch import Backend, dispatch_text, loaded_bytes, lower
 from quantlab.torchvision_shim import ensure_torchvision_imports
