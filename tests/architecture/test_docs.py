@@ -94,7 +94,9 @@ def test_every_cited_test_exists(document: Path) -> None:
 def test_every_cited_public_name_and_recipe_exists(document: Path) -> None:
     for span in SPAN.findall(prose(document)):
         if DOTTED.fullmatch(span):
-            assert span.split(".")[1] in quantlab.__all__ or (ROOT / f"{span.replace('.', '/')}.py").exists(), span
+            path = ROOT / span.replace(".", "/")
+            is_module = path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+            assert span.split(".")[1] in quantlab.__all__ or is_module, span
     for name in RECIPE.findall(document.read_text()):
         assert (ROOT / "recipes" / f"{name}.yaml").exists(), name
 

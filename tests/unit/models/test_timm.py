@@ -122,7 +122,7 @@ def test_calibration_draws_from_its_own_split(folder: Path) -> None:
     assert data.inputs["x"].shape == (1, 24, 3, 32, 32) and data.outputs.shape == (1, 24, 3)
     assert task.calibration_digest() != task.data_digest()
     with pytest.raises(ModelError, match="fewer images"):
-        task.calibrate(lambda inputs: task.network(**inputs), 25, torch.Generator(), lambda done, total: None)
+        task.calibrate(lambda inputs: task.network(**inputs), range(25), torch.Generator(), lambda done, total: None)
 
 
 def test_a_run_on_a_folder(folder: Path, tmp_path: Path) -> None:
