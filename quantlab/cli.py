@@ -27,7 +27,6 @@ INTERRUPTED = 130
 app = typer.Typer(
     help="Mixed-precision quantization of diffusion and vision models.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
