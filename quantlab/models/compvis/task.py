@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.contracts.correction import FittedCorrection
-from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Reference, Run
+from quantlab.contracts.model import CalibrationSet, GenerativeTask, Inputs, Progress, Run
 from quantlab.contracts.sections import Sampling
-from quantlab.errors import ModelError, RecipeError
+from quantlab.errors import RecipeError
 from quantlab.models.compvis.convert import LatentDiffusion
 from quantlab.sampling import SampleStep, Schedule, recorded
 
@@ -177,11 +177,3 @@ class CompVisTask(GenerativeTask):
         """The text of each image, where there are prompts."""
         texts = self.contexts.prompts if self.contexts else None
         return None if texts is None else [texts[index % len(texts)] for index in range(count)]
-
-    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises ModelError: the model comes without a network that judges."""
-        raise ModelError("the model comes without a network that judges images", where=type(self).__name__)
-
-    def reference(self) -> Reference:
-        """Raises ModelError: the model comes without real images."""
-        raise ModelError("the model comes without images to compare with", where=type(self).__name__)
