@@ -71,7 +71,7 @@ def family_of(network: nn.Module, size: int | None, pixels_per_latent: int, null
             where="model",
             got=name,
             allowed=", ".join(FAMILIES),
-            next_step="quantize the module in memory with inputs of your own: quantlab.quantize(module, batches)",
+            next_step="wrap it in a module that returns a tensor: quantlab.quantize(module, batches of your own)",
         )
     config: Mapping[str, Any] = network.config  # type: ignore[assignment]
     return FAMILIES[name](network, config, _Size.of(config, size, pixels_per_latent), null_class)
