@@ -148,9 +148,14 @@ def parts_page(registry: Registry) -> str:
         if kind is Kind.METHOD:
             continue
         parts.append(f"## {kind.plural.capitalize()}")
-        for name, entry in registry.entries(kind).items():
-            parts += [f"### {name} ({kind})", _documented(entry), options_table(entry.value.Config)]
+        for entry in registry.entries(kind).values():
+            parts.append(part_section(entry))
     return "\n\n".join(parts) + "\n"
+
+
+def part_section(entry: Entry) -> str:
+    """A class of a plugin with its options."""
+    return "\n\n".join([f"### {entry.name} ({entry.kind})", _documented(entry), options_table(entry.value.Config)])
 
 
 def _documented(entry: Entry) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mkdocs.structure.files import File, Files
+
+from quantlab.plugins import load_registry
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -22,16 +25,23 @@ LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the README as the home page, a page for each family of methods, and the reference."""
+    appendices: dict[str, str] = {}
     written = {
         "index.md": (ROOT / "README.md", (ROOT / "README.md").read_text()),
         "changelog.md": (ROOT / "CHANGELOG.md", (ROOT / "CHANGELOG.md").read_text()),
         "contributing.md": (ROOT / "CONTRIBUTING.md", (ROOT / "CONTRIBUTING.md").read_text()),
     }
+    generate, families, registry = _module("generate"), _module("families"), load_registry()
     for readme in sorted(ROOT.glob("plugins/*/README.md")):
-        written[f"methods/{readme.parent.name}.md"] = (readme, readme.read_text())
+        family = readme.parent.name
+        written[f"methods/{family}.md"] = (readme, readme.read_text())
+        appendices[f"methods/{family}.md"] = families.appendix(
+            registry, family, ROOT / "docs" / "results", generate.part_section
+        )
     for path, (source, text) in written.items():
-        files.append(File.generated(config, path, content=_moved(text, source, path)))
-    for path, text in _generate().pages().items():
+        page = f"{_moved(text, source, path)}\n{appendices.get(path, '')}\n"
+        files.append(File.generated(config, path, content=page))
+    for path, text in generate.pages().items():
         files.append(File.generated(config, path, content=text))
     return files
 
@@ -43,11 +53,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _moved(markdown, source, path) if source.is_file() else markdown
 
 
-def _generate() -> ModuleType:
-    """The module beside this one; mkdocs keeps no path to it."""
-    spec = importlib.util.spec_from_file_location("quantlab_docs_generate", Path(__file__).with_name("generate.py"))
+def _module(name: str) -> ModuleType:
+    """A module beside this one; mkdocs keeps no path to it."""
+    full_name = f"quantlab_docs_{name}"
+    spec = importlib.util.spec_from_file_location(full_name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[full_name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
