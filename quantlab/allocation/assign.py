@@ -114,7 +114,7 @@ def assign(
                 _require_all(names, assigned)
                 attended = collect_operands(student.attentions(), student.run, batch.inputs, streaming)
         assigner.quantize_attentions(attended, bit_map)
-    _require_budget(student, bit_map)
+    _require_budget(student, bit_map, method.policies)
     return bit_map
 
 
@@ -272,7 +272,7 @@ def _require_all(names: Sequence[str], assigned: dict[str, BitMap]) -> None:
         )
 
 
-def _require_budget(student: Student, bit_map: BitMap) -> None:
+def _require_budget(student: Student, bit_map: BitMap, policies: Sequence[BitPolicy]) -> None:
     """The mean bits may exceed the budget by the extra bits that it grants, and by nothing else; all others hold."""
     budget = student.plan.budget
     # A site grants its extra bits in whole channels.
@@ -285,9 +285,10 @@ def _require_budget(student: Student, bit_map: BitMap) -> None:
     if mean > allowed + 1e-6:
         raise QuantlabError(
             "the policies spent more than the budget",
-            where="assign",
+            where=f"assign, allocate: {', '.join(policy.name for policy in policies)}",
             got=f"{mean:.4f} bits a weight",
             allowed=f"at most {allowed:.4f}",
-            next_step="give the last policy in `allocate` the whole budget to respect",
+            next_step="a policy that gives bits takes as many away, or the recipe grants them: "
+            "budget.weight_bits, budget.extra_bit_fraction",
         )
     require_within(budget, student_cost(student, bit_map, student.float_model))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from quantlab.errors import PluginError
 from quantlab.plugins import Entry
 from quantlab.recipe.choices import chosen
+from quantlab.recipe.layers import KeyPath
 from quantlab.recipe.load import LoadedRecipe, for_method
 from quantlab.recipe.schema import Recipe
 
@@ -30,18 +31,17 @@ def attributed(loaded: LoadedRecipe) -> Generator[None]:
 
 def chosen_at(loaded: LoadedRecipe, entry: Entry) -> str | None:
     """Where the recipe chooses a plugin: a file and line, a method's fragment or a default; None for nowhere."""
-    place = _key(loaded.recipe, entry)
-    if place is not None:
-        found = [loaded.origin[key] for key in loaded.origin if key == place or key.startswith(f"{place}.")]
-        written = [origin for origin in found if origin != "default"]
-        return f"{(written or found or ['default'])[0]} ({place})"
-    arms = [method for method in loaded.recipe.baselines if _key(for_method(loaded, method), entry)]
+    path = _path(loaded.recipe, entry)
+    if path is not None:
+        node, reached = loaded.root.reach(path)
+        return f"{node.origin if reached == path else 'default'} ({'.'.join(map(str, path))})"
+    arms = [method for method in loaded.recipe.baselines if _path(for_method(loaded, method), entry)]
     return f"baseline {arms[0]}" if arms else None
 
 
-def _key(recipe: Recipe, entry: Entry) -> str | None:
-    """The dotted key at which a recipe names a plugin."""
+def _path(recipe: Recipe, entry: Entry) -> KeyPath | None:
+    """The keys that lead to where a recipe names a plugin."""
     for kind, path, choice in chosen(recipe):
         if (kind, choice.name) == (entry.kind, entry.name):
-            return ".".join(map(str, path))
+            return path
     return None

@@ -121,7 +121,11 @@ def _recipe_error(
         )
     if first["type"] == "missing":
         missing = ".".join(map(str, (*place, key)))
-        return RecipeError(f'"{missing}" is missing', where=node.origin, next_step="add it, or extend a base recipe")
+        return RecipeError(
+            f'"{missing}" is missing',
+            where=node.origin,
+            next_step=f"add it, extend a base recipe, or give it with --set {missing}=VALUE",
+        )
     text = " or ".join(dict.fromkeys(_told(error) for error in errors))
     words = re.findall(r"'([^']+)'", " ".join(str(error.get("ctx", {}).get("expected", "")) for error in errors))
     return RecipeError(

@@ -89,6 +89,7 @@ class LoadedRecipe:
         path: the file.
         registry: the plugins it was checked against.
         layers: what it was put together from.
+        root: the layers laid on one another, every node with its origin; no default is in it.
     """
 
     recipe: Recipe
@@ -97,6 +98,7 @@ class LoadedRecipe:
     path: Path
     registry: Registry
     layers: Layers
+    root: Node
 
 
 def load_recipe(
@@ -139,7 +141,7 @@ def resolve_recipe(file: RecipeFile, overrides: Sequence[str], registry: Registr
     """The checked recipe of a file that was read once for many overrides; raises as ``load_recipe``."""
     layers = replace_fields(file.layers, overrides=tuple(map(parse_override, overrides)))
     recipe, root = _resolve(layers, registry)
-    loaded = LoadedRecipe(recipe, _origins(recipe, root), file.text, file.path, registry, layers)
+    loaded = LoadedRecipe(recipe, _origins(recipe, root), file.text, file.path, registry, layers, root)
     for index, baseline in enumerate(recipe.baselines):
         registry.method(baseline, root.reach(("baselines", index))[0].origin)
         for_method(loaded, baseline)

@@ -30,8 +30,13 @@ def migrated(path: Path, migrations: Mapping[int, Migration] = MIGRATIONS, curre
     version, found = node.reach(("version",))
     number = version.plain
     if not found or not isinstance(number, int) or isinstance(number, bool):
-        got = repr(number) if found else "no version"
-        raise RecipeError("a recipe states its version", where=version.origin, got=got, allowed=f"1 to {current}")
+        raise RecipeError(
+            "a recipe states its version",
+            where=version.origin,
+            got=repr(number) if found else "no version",
+            allowed=f"1 to {current}",
+            next_step="add the version that it was written for",
+        )
     if number == current:
         return None
     if number > current:
@@ -46,7 +51,13 @@ def migrated(path: Path, migrations: Mapping[int, Migration] = MIGRATIONS, curre
     content = {key: child for key, child in given.items() if key != "version"}
     for step in range(number, current):
         if step not in migrations:
-            raise RecipeError(f"nothing leads from version {step} to {step + 1}", where=version.origin, got=number)
+            raise RecipeError(
+                f"nothing leads from version {step} to {step + 1}",
+                where=version.origin,
+                got=number,
+                allowed=", ".join(map(str, [*migrations, current])),
+                next_step=f"quantlab init writes a recipe of version {current} to start from",
+            )
         content = migrations[step](copy.deepcopy(content))
     return _first_comment(text) + _as_yaml({"version": current, **content})
 

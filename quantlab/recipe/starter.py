@@ -14,7 +14,7 @@ STARTER = """\
 # yaml-language-server: $schema={schema}
 # quantlab run {file} --profile smoke   (seconds, to see that it runs; its numbers mean nothing)
 version: 1
-extends: base/digits           # the model, its layers and how it is measured: quantlab show base/digits
+extends: base/digits           # the model, its layers and how it is measured: quantlab show {file} --resolved
 method: mse                    # quantlab list methods
 baselines: [min-max]           # further rows of the same table
 budget: {{weight_bits: 4, activation_bits: 8}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -63,7 +64,8 @@ def new_plugin(name: str, kind: Kind, parent: Path, registry: Registry) -> Path:
         registry: the plugins whose names are taken.
 
     Raises:
-        RecipeError: the name is no word in lower case, is taken, or the folder exists.
+        RecipeError: the name is no word in lower case, is taken, the folder exists, or another plugin's package of
+            this name is installed, which this one would replace.
     """
     if not _NAME.fullmatch(name):
         allowed = "lower-case letters and digits with dashes between them, such as weight-range"
@@ -72,6 +74,11 @@ def new_plugin(name: str, kind: Kind, parent: Path, registry: Registry) -> Path:
         taken = registry.entries(kind)[name].origin
         raise RecipeError(f'there is a {kind} "{name}" already', got=taken, next_step="choose another name")
     folder = parent / f"quantlab-{name}"
+    if _is_installed(folder.name):
+        raise RecipeError(
+            f'a package "{folder.name}" is installed already, and this one would replace it',
+            next_step=f"choose another name, or add the hook of a {kind} to that package",
+        )
     if folder.exists():
         raise RecipeError("the folder exists", where=str(folder), next_step="choose another name, or remove it")
     for path, text in _rendered(name, kind).items():
@@ -79,6 +86,14 @@ def new_plugin(name: str, kind: Kind, parent: Path, registry: Registry) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
     return folder
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _rendered(name: str, kind: Kind) -> dict[str, str]:
@@ -95,6 +110,12 @@ def _rendered(name: str, kind: Kind) -> dict[str, str]:
         "returned": "Method" if is_method else "type",
         "imported": "Method, hookimpl" if is_method else "hookimpl",
         "api": str(API_VERSION),
+        "where": f"The method is `{package}/methods/{name}.yaml`"
+        if is_method
+        else f"The class is in `{package}/{kind.value}_plugin.py`",
+        "changed": "What it chooses is part of every stored result's name: a change computes anew."
+        if is_method
+        else "Raise `version` of the class whenever its numbers change, so that stored results are not reused.",
         "arguments": ', model="tiny"' if kind is Kind.MODEL else "",
     }
     words["base"] = Template(example.base).substitute(words)

@@ -7,7 +7,7 @@ import pytest
 from quantlab.contracts.check import plugin_call
 from quantlab.errors import PluginError, RecipeError
 from quantlab.plugins import Kind
-from quantlab.recipe.blame import attributed
+from quantlab.recipe.blame import attributed, chosen_at
 from quantlab.recipe.load import load_recipe
 
 RECIPE = """\
@@ -44,6 +44,11 @@ def test_plugin_hook_site_package_and_line_are_named(registry, write, tmp_path):
     assert "ZeroDivisionError: division by zero" in text and "test_blame.py:" in text
     assert f"plugin: {tmp_path / 'small_plugin.py'}" in text
     assert f"chosen at: {tmp_path / 'recipe.yaml'}:8 (allocate.1)" in text
+
+
+def test_a_plugin_without_options_of_its_own_has_its_line(registry, write, tmp_path):
+    loaded = load_recipe(write(RECIPE.replace("kurtosis: {groups: 2}", "kurtosis")), registry=registry)
+    assert chosen_at(loaded, registry.find(Kind.POLICY, "kurtosis")) == f"{tmp_path / 'recipe.yaml'}:8 (allocate.1)"
 
 
 def test_a_plugin_of_a_baseline_or_a_default_is_told_so(registry, write):

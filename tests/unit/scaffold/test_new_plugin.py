@@ -72,3 +72,11 @@ def test_what_cannot_be_written_is_told(tmp_path: Path, name: str, told: str) ->
     with pytest.raises(RecipeError, match=told):
         new_plugin(name, Kind.POLICY, tmp_path, load_registry())
     assert not list((tmp_path / "quantlab-there").iterdir())
+
+
+def test_a_package_that_would_replace_an_installed_one_is_refused(tmp_path: Path, monkeypatch) -> None:
+    install(new_plugin("made", Kind.POLICY, tmp_path, load_registry()))
+    monkeypatch.syspath_prepend(tmp_path / "quantlab-made")
+    with pytest.raises(RecipeError, match='"quantlab-made" is installed already') as caught:
+        new_plugin("made", Kind.METHOD, tmp_path / "other", load_registry())
+    assert "add the hook of a method" in str(caught.value)
