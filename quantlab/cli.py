@@ -131,6 +131,34 @@ def _as_json(result: RunResult) -> str:
     return json_text({"folder": str(result.folder), "rows": [asdict(row) for row in result.rows]})
 
 
+@app.command()
+def reproduce(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    profile: ProfileOption = None,
+    plugins: PluginOption = [],  # noqa: B006
+    runs_dir: RunsOption = RUNS,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show plan and expected numbers; compute nothing")] = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe and compare it with the numbers it is expected to give; exit with 4 or 5 unless all are inside."""
+    with told(verbose):
+        loaded = _load(recipe, overrides, plugins, profile)
+        from quantlab.report.console import make_console
+        from quantlab.reproduce import reproduce as reproduce_recipe
+        from quantlab.run import RunOptions
+        from quantlab.store import json_text
+
+        console = make_console(verbose=verbose, quiet=quiet or as_json)
+        found = reproduce_recipe(loaded, RunOptions(runs_dir, device, dtype, dry_run, console))
+        print(json_text(found.to_json()) if as_json else found.table())
+    raise typer.Exit(found.exit_code)
+
+
 @app.command("list")
 def list_names(
     kind: Annotated[str | None, typer.Argument(help="methods, policies, ..., recipes; everything without it")] = None,

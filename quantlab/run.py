@@ -91,7 +91,7 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     kind = evaluation_of(task)
     require_outcome(loaded.registry, recipe.evaluate, kind.outcome)
     kind.require(loaded.registry, task, recipe.evaluate)
-    folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
+    folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.settings()))
     context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
     describe.begin(context, loaded, options.device, options.dtype)
 
