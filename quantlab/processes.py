@@ -15,7 +15,7 @@ from quantlab.errors import ProcessError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroupGloo
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class Processes:
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    group: ProcessGroup | None = field(default=None, compare=False, repr=False)
+    group: ProcessGroupGloo | None = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:

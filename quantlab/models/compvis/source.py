@@ -13,7 +13,8 @@ from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import ModelError, RecipeError, nearest
 from quantlab.models.compvis.config import ARCHITECTURES, UNCONDITIONAL, ClassEmbedder, architectures, read_config
 from quantlab.models.compvis.convert import LatentDiffusion, build, load
-from quantlab.models.compvis.task import CompVisTask, Contexts
+from quantlab.models.compvis.task import Contexts, denoiser_of, table_of
+from quantlab.models.denoiser import DenoiserTask
 from quantlab.store import JSON, digest_of, digest_of_file
 from quantlab.zoo.checkpoint import read_weights
 
@@ -43,14 +44,14 @@ class CompVisSource:
 
     name: ClassVar[str] = "compvis"
     paper: ClassVar[str | None] = "Rombach et al. 2022, arXiv 2112.10752"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs_name: ClassVar[bool] = False
     Config = CompVisConfig
 
     def __init__(self, config: CompVisConfig) -> None:
         self.config = config
 
-    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> CompVisTask:
+    def load(self, model: Model, sampling: Sampling, device: torch.device, dtype: torch.dtype) -> DenoiserTask:
         """The model as a task; without ``model.weights`` one to plan on, its tensors on the meta device.
 
         Raises:
@@ -59,15 +60,16 @@ class CompVisSource:
         """
         params = read_config(self._config_file(model))
         converted = load(params, Path(model.weights)) if model.weights else build(params)
-        task = CompVisTask(converted, self._contexts(converted), sampling, device, dtype)
-        task.conditions_digest = self.identity(model)
-        return task
+        contexts, place = self._contexts(converted), device if converted.has_weights else torch.device("meta")
+        _check_sampling(sampling, contexts)
+        denoiser = denoiser_of(converted, contexts, sampling, place, lambda: self.identity(model))
+        return DenoiserTask(denoiser, sampling, place, dtype)
 
     def identity(self, model: Model) -> str:
-        """Hash of checkpoint, config and contexts."""
+        """Hash of checkpoint, config and contexts, and of the version, by which recordings name their inputs."""
         files = (model.weights, str(self._config_file(model)), self.config.contexts, self.config.prompts)
         parts: list[JSON] = [_digest(Path(file)) if file else "none" for file in files]
-        return digest_of([*parts, self.config.unconditional_class])
+        return digest_of([self.version, *parts, self.config.unconditional_class])
 
     def _config_file(self, model: Model) -> Path:
         if self.config.config is not None:
@@ -102,14 +104,33 @@ def _class_contexts(vectors: torch.Tensor, unconditional: int | None) -> Context
             got=unconditional,
             allowed=str(classes - 1),
         )
-    return Contexts(vectors[:, None], classes if unconditional is None else classes - 1, unconditional)
+    asked = vectors if unconditional is None else vectors[:-1]
+    table = table_of(asked[:, None], None if unconditional is None else vectors[-1:])
+    return Contexts(1, vectors.shape[1], unconditional is not None, lambda: table)
+
+
+def _check_sampling(sampling: Sampling, contexts: Contexts | None) -> None:
+    """Raise RecipeError for a sampler or a guidance that the model is not for."""
+    if sampling.scheduler != "ddim":
+        raise RecipeError(
+            "the model predicts noise", where="sampling.scheduler", got=sampling.scheduler, allowed="ddim"
+        )
+    if sampling.guidance != 1.0 and (contexts is None or not contexts.guided):
+        raise RecipeError(
+            "this model cannot be guided: nothing stands for no condition",
+            where="sampling.guidance",
+            got=sampling.guidance,
+            allowed="1",
+            next_step="name the class that stands for none: model.unconditional_class",
+        )
 
 
 def _text_contexts(model: LatentDiffusion, options: CompVisConfig) -> Contexts:
     """The contexts of prompts, from a file; shapes alone for a model without weights."""
     width = model.config.unet_config.params.context_dim or 0
     if not model.has_weights:
-        return Contexts(torch.empty(2, TOKENS, width, device="meta"), 1, 1)
+        empty = torch.empty(1, TOKENS, width, device="meta")
+        return Contexts(TOKENS, width, True, lambda: table_of(empty, empty[0]))
     if options.contexts is None:
         raise RecipeError(
             "a model of text needs the contexts of its prompts",
@@ -125,9 +146,9 @@ def _text_contexts(model: LatentDiffusion, options: CompVisConfig) -> Contexts:
             got=", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items()),
             allowed=f"contexts [prompts, {TOKENS}, {width}], unconditional [{TOKENS}, {width}]",
         )
-    count = len(contexts)
-    prompts = _prompts(Path(options.prompts), count) if options.prompts else None
-    return Contexts(torch.cat([contexts, without[None]]).float(), count, count, prompts)
+    table = table_of(contexts.float(), without.float())
+    prompts = _prompts(Path(options.prompts), len(contexts)) if options.prompts else None
+    return Contexts(len(without), width, True, lambda: table, prompts)
 
 
 def _prompts(file: Path, count: int) -> tuple[str, ...]:
