@@ -98,7 +98,7 @@ def test_contexts_and_prompts_come_from_files(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(RecipeError, match="as many prompts as contexts"):
         load(tmp_path, "text", **given)
-    with pytest.raises(RecipeError, match="needs the contexts"):
+    with pytest.raises(RecipeError, match="needs prompts, and a tokenizer"):
         load(tmp_path, "text")
     save_file({"contexts": contexts[..., :3].contiguous(), "unconditional": without}, tmp_path / "contexts.safetensors")
     with pytest.raises(ModelError, match="no contexts of this model"):
