@@ -256,7 +256,7 @@ def pack(folder: Path, method: str | None = None, output: Path | None = None) ->
     """
     loaded = _load_run(folder, method, "cpu")
     evaluation = pack_stage.evaluation_of(folder, loaded.method)
-    origin = Origin(method=loaded.method, recipe=loaded.recipe.model_dump(mode="json"), evaluation=dict(evaluation))
+    origin = Origin(method=loaded.method, recipe=loaded.recipe.settings(), evaluation=dict(evaluation))
     student, task = loaded.student, loaded.task
     content = pack_stage.pack_student(student, loaded.bit_map, loaded.corrections, loaded.recipe, task, origin)
     file = output or folder / f"{loaded.method}.safetensors"

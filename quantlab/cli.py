@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from quantlab.errors import QuantlabError, RecipeError, Stopped, unforeseen
+from quantlab.processes import joined
 from quantlab.report.compare import Better
 from quantlab.report.formats import TableFormat
 
@@ -112,15 +113,16 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model as a recipe says, and measure the result."""
-    with told(verbose):
+    with told(verbose), joined() as processes:
         loaded = _load(recipe, overrides, plugins, profile)
         from quantlab.report.console import make_console
         from quantlab.run import RunOptions
         from quantlab.run import run as run_recipe
 
-        console = make_console(verbose=verbose, quiet=quiet or as_json)
-        result = run_recipe(loaded, RunOptions(runs_dir, device, dtype, dry_run, console))
-        print(_as_json(result) if as_json else result.table())
+        console = make_console(verbose=verbose, quiet=quiet or as_json, silent=not processes.first)
+        result = run_recipe(loaded, RunOptions(runs_dir, device, dtype, dry_run, console, processes))
+        if processes.first:
+            print(_as_json(result) if as_json else result.table())
 
 
 def _as_json(result: RunResult) -> str:
@@ -129,6 +131,36 @@ def _as_json(result: RunResult) -> str:
     from quantlab.store import json_text
 
     return json_text({"folder": str(result.folder), "rows": [asdict(row) for row in result.rows]})
+
+
+@app.command()
+def reproduce(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    profile: ProfileOption = None,
+    plugins: PluginOption = [],  # noqa: B006
+    runs_dir: RunsOption = RUNS,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show plan and expected numbers; compute nothing")] = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe and compare it with the numbers it is expected to give; exit with 4 or 5 unless all are inside."""
+    with told(verbose), joined() as processes:
+        loaded = _load(recipe, overrides, plugins, profile)
+        from quantlab.report.console import make_console
+        from quantlab.reproduce import reproduce as reproduce_recipe
+        from quantlab.run import RunOptions
+        from quantlab.store import json_text
+
+        console = make_console(verbose=verbose, quiet=quiet or as_json, silent=not processes.first)
+        found = reproduce_recipe(loaded, RunOptions(runs_dir, device, dtype, dry_run, console, processes))
+        if processes.first:
+            print(json_text(found.to_json()) if as_json else found.table())
+    # One process says it: whoever started several takes any other code than 0 for a failure, and ends them.
+    raise typer.Exit(found.exit_code if processes.first else 0)
 
 
 @app.command("list")

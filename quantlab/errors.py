@@ -110,6 +110,10 @@ class PackError(QuantlabError):
     """A model cannot be packed, or a file format cannot hold it."""
 
 
+class ProcessError(QuantlabError):
+    """The processes of one run cannot work together, or one of them has ended."""
+
+
 class NonFiniteError(QuantlabError):
     """A tensor holds NaN or infinity; the message names the first site where it does."""
 

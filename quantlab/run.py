@@ -16,6 +16,7 @@ from quantlab.contracts.site import Site
 from quantlab.errors import RecipeError
 from quantlab.evaluation.features import feature_identity
 from quantlab.plugins import Kind, Registry
+from quantlab.processes import ALONE, Processes
 from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
 from quantlab.recipe.blame import attributed
 from quantlab.recipe.choices import chosen, essence
@@ -29,7 +30,7 @@ from quantlab.stages.context import RunContext
 from quantlab.stages.denoiser import require_denoiser
 from quantlab.stages.kinds import evaluation_of
 from quantlab.stages.outcome import Measured, Protocol, outcome_of, require_outcome
-from quantlab.store import JSON, Store, create_run, digest_of
+from quantlab.store import JSON, RunFolder, Store, WatchedRun, create_run, digest_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class RunOptions:
         dtype: "float32", "bfloat16" or "float16".
         dry_run: stop after the plan.
         console: whom to tell.
+        processes: that share the run.
     """
 
     runs_dir: Path
@@ -49,6 +51,7 @@ class RunOptions:
     dtype: str
     dry_run: bool
     console: Console
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ def run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
 
 
 def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
-    recipe, console = loaded.recipe, options.console
-    task = load_task(loaded, options.device, options.dtype)
+    recipe, console, processes = loaded.recipe, options.console, options.processes
+    device = processes.device(options.device)
+    task = load_task(loaded, device, options.dtype)
     require_denoiser(task, [for_method(loaded, method) for method in methods_of(recipe)], loaded.registry)
     if options.dry_run:
         return RunResult(None, (), dry_run(loaded, task, options))
@@ -91,9 +95,11 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     kind = evaluation_of(task)
     require_outcome(loaded.registry, recipe.evaluate, kind.outcome)
     kind.require(loaded.registry, task, recipe.evaluate)
-    folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.model_dump(mode="json")))
-    context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console)
-    describe.begin(context, loaded, options.device, options.dtype)
+    if processes.count > 1:
+        console.info(f"{processes.count} processes, on {', '.join(processes.everyone(device))}")
+    folder = run_folder(recipe, options)
+    context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console, processes)
+    describe.begin(context, loaded, device, options.dtype)
 
     captured = prepare.capture(context, task)
     float_model = FloatModel.of(task.network)
@@ -126,9 +132,20 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         data_free = kind.outcome is Outcome.IMAGES and loaded.registry.method(method).data_free
         rows.append(quantized_row(arm, plan, final, measured, float_model, seconds, protocol, data_free))
         images.append((method, measured.images))
-    describe.finish(context, loaded, rows, images, coverage)
+    if processes.first:
+        describe.finish(context, loaded, rows, images, coverage)
     text = f"{markdown(rows)}\n\nsimulated in float; speed is not measured\n{coverage}\nrun folder: {folder.path}"
     return RunResult(folder.path, tuple(rows), text)
+
+
+def run_folder(recipe: Recipe, options: RunOptions) -> RunFolder:
+    """A new run folder, which the first process makes and writes."""
+    processes = options.processes
+    if not processes.first:
+        return WatchedRun(processes.tell(Path()))
+    folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.settings()))
+    processes.tell(folder.path)
+    return folder
 
 
 def methods_of(recipe: Recipe) -> list[str]:

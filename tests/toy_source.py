@@ -26,6 +26,7 @@ from quantlab.contracts.model import (
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.hookspecs import hookimpl
 from quantlab.plugins import Registry, load_registry
+from quantlab.processes import ALONE, Processes
 from quantlab.report.console import make_console
 from quantlab.run import RunOptions, RunResult, run
 
@@ -133,7 +134,7 @@ def toy_registry() -> Registry:
     return registry
 
 
-def run_toy(root: Path, name: str, *overrides: str, dry_run: bool = False) -> RunResult:
+def run_toy(root: Path, name: str, *overrides: str, dry_run: bool = False, processes: Processes = ALONE) -> RunResult:
     """Run a small recipe on one of the two."""
     from quantlab.recipe.load import load_recipe
 
@@ -144,4 +145,5 @@ def run_toy(root: Path, name: str, *overrides: str, dry_run: bool = False) -> Ru
         "evaluate: {samples: 40, batch: 16, grid: 4}\n"
     )
     loaded = load_recipe(str(recipe), overrides, toy_registry())
-    return run(loaded, RunOptions(root / "runs", "cpu", "float32", dry_run, make_console(quiet=True)))
+    console = make_console(quiet=True, silent=not processes.first)
+    return run(loaded, RunOptions(root / "runs", "cpu", "float32", dry_run, console, processes))

@@ -19,6 +19,7 @@ from quantlab.plugins import Entry, Kind, Registry, load_registry
 from quantlab.recipe.check import short_form
 from quantlab.recipe.options import option_types
 from quantlab.recipe.schema import Recipe
+from quantlab.reproduce import OUTSIDE, UNDECIDED
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -237,6 +238,13 @@ def exit_code_page() -> str:
         rows.append(
             (str(cls.exit_code), f"`{cls.__name__}`: {inspect.cleandoc(cls.__doc__ or '').partition(chr(10))[0]}")
         )
+    rows += [
+        (str(OUTSIDE), "`quantlab reproduce`: a number lies outside its band"),
+        (
+            str(UNDECIDED),
+            "`quantlab reproduce`: no number outside; some not measured, not comparable or without a band",
+        ),
+    ]
     rows += [(str(INTERRUPTED), "Ctrl-C; the same command goes on where it was"), ("128 + n", "stopped by signal n")]
     text = "An error is one message on standard error: where, what, what came, what is allowed, what to do next."
     return f"# Exit codes\n\n{EDIT_NOTE} {text}\n\n{table(('code', 'meaning'), rows)}\n"

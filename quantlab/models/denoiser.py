@@ -57,6 +57,11 @@ class Call:
     static: Mapping[str, object] = field(default_factory=lambda: {"return_dict": False})
 
 
+PROTECTED_BITS = 8
+PROTECTED = ("first", "last", "time_embed", "modulation")
+"""Tags of the sites that denoisers need more bits in: their ends, and whatever carries the timestep to the others."""
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """A network and what surrounds it, wherever its modules came from.
@@ -71,7 +76,8 @@ class Denoiser:
         decode: from samples to images [B, C, H, W] in [-1, 1].
         texts: the prompts, in the conditions' order; None without prompts.
         digest: hashes the conditions and what decodes.
-        batch: samples that are drawn together while calibration is recorded.
+        batch: samples that are drawn together while calibration is recorded; None: all.
+        protect: bits by tag of the sites that need more of them, where the recipe says nothing about it.
     """
 
     network: nn.Module
@@ -83,12 +89,8 @@ class Denoiser:
     decode: Callable[[Tensor], Tensor]
     texts: tuple[str, ...] | None = None
     digest: Callable[[], str] = str
-    batch: int = 16
-
-
-PROTECTED_BITS = 8
-PROTECTED = ("first", "last", "time_embed", "modulation")
-"""Tags of the sites that denoisers need more bits in: their ends, and whatever carries the timestep to the others."""
+    batch: int | None = 16
+    protect: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(PROTECTED, PROTECTED_BITS))
 
 
 class DenoiserTask(GenerativeTask):
@@ -117,7 +119,7 @@ class DenoiserTask(GenerativeTask):
         nn.Module.to(self.network, device=device, dtype=dtype)  # a network in another folder's dtype must not stay so
         self.timestep_input = denoiser.call.timestep
         self.static: Mapping[str, object] = denoiser.call.static
-        self.protect: Mapping[str, int] = dict.fromkeys(PROTECTED, PROTECTED_BITS)
+        self.protect: Mapping[str, int] = denoiser.protect
 
     @cached_property
     def conditions(self) -> Conditions:
@@ -188,8 +190,9 @@ class DenoiserTask(GenerativeTask):
         labels, steps = self.labels(samples.stop)[samples.start :], self.settings.steps
         recorded: list[list[SampleStep]] = []
         with torch.no_grad():
-            for start in range(0, len(samples), self.denoiser.batch):
-                part = slice(start, start + self.denoiser.batch)
+            together = self.denoiser.batch or len(samples)
+            for start in range(0, len(samples), together):
+                part = slice(start, start + together)
                 seen: list[SampleStep] = []
 
                 def keep(step: SampleStep, seen: list[SampleStep] = seen, first: int = start) -> None:

@@ -66,7 +66,7 @@ def essence(recipe: Recipe, registry: Registry) -> JSON:
     source = reduce(Kind.MODEL, ("model",), recipe.model.plugin)
     model = recipe.model.model_copy(update={"options": source.options})
     reduced = with_choices(recipe.model_copy(update={"model": model}), reduce)
-    return reduced.model_dump(mode="json", exclude_defaults=True)
+    return reduced.settings(defaults=False)
 
 
 def _at(recipe: Recipe, path: KeyPath) -> Any:

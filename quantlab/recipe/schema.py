@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from quantlab.contracts.config import Strict
+from quantlab.contracts.expected import Expected
 from quantlab.contracts.sections import (
     MAX_SEED,
     Activations,
@@ -56,6 +57,11 @@ class Recipe(Strict):
     pack: Pack = Pack()
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    expected: Expected = Expected()
+
+    def settings(self, *, defaults: bool = True) -> dict[str, Any]:
+        """Everything that numbers depend on as plain JSON, for hashes and records: without what is expected of them."""
+        return self.model_dump(mode="json", exclude={"expected"}, exclude_defaults=not defaults)
 
     @field_validator("name")
     @classmethod

@@ -21,6 +21,7 @@ WIDE = 72
 class Verbosity(IntEnum):
     """How much is said."""
 
+    SILENT = -1
     QUIET = 0
     NORMAL = 1
     VERBOSE = 2
@@ -43,13 +44,14 @@ class Console:
             print(message, file=sys.stderr, flush=True)
 
     def warn(self, message: str) -> None:
-        """Say something always."""
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        """Say something unless silent."""
+        if self.verbosity > Verbosity.SILENT:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
 
     @contextmanager
     def task(self, title: str) -> Iterator[Progress]:
         """A long piece of work: yields a function to be called with what is done and what there is to do."""
-        if self.verbosity is Verbosity.QUIET:
+        if self.verbosity <= Verbosity.QUIET:
             yield lambda done, total: None
         elif self.live:
             yield from self._live(title)
@@ -103,7 +105,9 @@ class Console:
         self.info(f"{title}: {time.monotonic() - start:.1f} s")
 
 
-def make_console(*, verbose: bool = False, quiet: bool = False) -> Console:
-    """A console for this process: live on a terminal."""
+def make_console(*, verbose: bool = False, quiet: bool = False, silent: bool = False) -> Console:
+    """A console for this process: live on a terminal; ``silent`` is for processes that only help."""
+    if silent:
+        return Console(Verbosity.SILENT, live=False)
     verbosity = Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL
     return Console(verbosity, live=sys.stderr.isatty())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
+from quantlab.contracts.expected import FULL_PRECISION as FULL_PRECISION
 from quantlab.errors import ArtefactError
 from quantlab.store import JSON
 
 SCHEMA_VERSION = 1
-FULL_PRECISION = "full precision"
 
 
 @dataclass(frozen=True)

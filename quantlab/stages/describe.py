@@ -127,7 +127,10 @@ def begin(context: RunContext, loaded: LoadedRecipe, device: str, dtype: str) ->
     context.folder.write_text("recipe.yaml", loaded.text)
     context.folder.write_text("recipe.resolved.yaml", resolved_yaml(loaded.recipe))
     context.folder.write_json("origins.json", dict(loaded.origin))
-    context.folder.write_json("environment.json", environment(device, dtype, loaded.recipe.seed))
+    found = environment(device, dtype, loaded.recipe.seed)
+    if context.processes.count > 1:
+        found["processes"] = context.processes.count
+    context.folder.write_json("environment.json", found)
 
 
 def finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from quantlab.errors import NonFiniteError
 from quantlab.evaluation.bootstrap import bootstrap
 from quantlab.evaluation.features import feature_network
 from quantlab.plugins import Registry
+from quantlab.processes import ALONE, Processes
 from quantlab.stages.context import RunContext, as_json
 from quantlab.stages.measure import comparison, measured_with, metrics_of, require, sample_set, values_of
 from quantlab.stages.outcome import Evaluation, Measured, Protocol, metric_names, metric_versions
@@ -87,20 +89,17 @@ def draw(
     seed: int,
     progress: Progress,
     corrections: Sequence[FittedCorrection] = (),
+    processes: Processes = ALONE,
 ) -> Tensor:
     """``settings.samples`` images; an image's noise does not depend on the batch it is drawn in.
+
+    The first of several ``processes`` draws its share of the batches, and gets the others' from their ``help_draw``.
 
     Raises:
         NonFiniteError: an image holds NaN or infinity.
     """
-    noise, labels = task.draw_noise(settings.samples, seed), task.labels(settings.samples)
-    images = []
-    for start in range(0, settings.samples, settings.batch):
-        part = slice(start, start + settings.batch)
-        seeds = range(seed + STEP_NOISE + start, seed + STEP_NOISE + start + len(noise[part]))
-        images.append(task.sample(run, noise[part], labels[part], seeds, corrections))
-        progress(min(start + settings.batch, settings.samples), settings.samples)
-    drawn = torch.cat(images).cpu()
+    own = _drawn_share(task, run, settings, seed, progress, corrections, processes)
+    drawn = torch.cat(processes.collect(own, _num_batches(settings)))
     broken = int((~torch.isfinite(drawn.flatten(1))).any(1).sum())
     if broken:
         raise NonFiniteError(
@@ -110,6 +109,43 @@ def draw(
             next_step="raise the bits of the sites it is most sensitive to (keep), or use --dtype float32",
         )
     return drawn
+
+
+def help_draw(
+    task: GenerativeTask,
+    run: Run,
+    settings: Evaluate,
+    seed: int,
+    corrections: Sequence[FittedCorrection],
+    processes: Processes,
+) -> None:
+    """In every process but the first: its share of what ``draw`` gives there."""
+    processes.hand_in(_drawn_share(task, run, settings, seed, lambda done, total: None, corrections, processes))
+
+
+def _drawn_share(
+    task: GenerativeTask,
+    run: Run,
+    settings: Evaluate,
+    seed: int,
+    progress: Progress,
+    corrections: Sequence[FittedCorrection],
+    processes: Processes,
+) -> dict[int, Tensor]:
+    """The batches of this process by their index: the same batches of the same noise for any number of processes."""
+    noise, labels = task.draw_noise(settings.samples, seed), task.labels(settings.samples)
+    images: dict[int, Tensor] = {}
+    for index in processes.share(_num_batches(settings)):
+        start = index * settings.batch
+        part = slice(start, start + settings.batch)
+        seeds = range(seed + STEP_NOISE + start, seed + STEP_NOISE + start + len(noise[part]))
+        images[index] = task.sample(run, noise[part], labels[part], seeds, corrections).cpu()
+        progress(min(start + settings.batch * processes.count, settings.samples), settings.samples)
+    return images
+
+
+def _num_batches(settings: Evaluate) -> int:
+    return math.ceil(settings.samples / settings.batch)
 
 
 def reference(
@@ -125,19 +161,27 @@ def reference(
         "noise_seed": settings.noise_seed,
     }
 
-    def compute(folder: Path, progress: Progress) -> None:
+    processes, count = context.processes, settings.samples
+    seed, other_seed = settings.noise_seeds
+
+    def float_run() -> Run:
         tapped = tapped_run(task.network, captured.graph, ())
-        count = settings.samples
+        return lambda inputs: tapped(inputs)[0]
 
-        def run(inputs: object) -> Tensor:
-            return tapped(inputs)[0]  # type: ignore[arg-type]
-
-        images = draw(task, run, settings, settings.noise_seed, lambda done, _: progress(done, 2 * count))
-        seed = settings.noise_seeds[1]
-        other = draw(task, run, settings, seed, lambda done, _: progress(count + done, 2 * count))
+    def compute(folder: Path, progress: Progress) -> None:
+        run = float_run()
+        images = draw(task, run, settings, seed, lambda done, _: progress(done, 2 * count), processes=processes)
+        other = draw(
+            task, run, settings, other_seed, lambda done, _: progress(count + done, 2 * count), processes=processes
+        )
         save_file({"images": images, "other": other}, folder / "images.safetensors")
 
-    stage = context.stage("reference", "Draw float reference images", key, compute, link="reference")
+    def assist() -> None:
+        run = float_run()
+        for noise_seed in (seed, other_seed):
+            help_draw(task, run, settings, noise_seed, (), processes)
+
+    stage = context.stage("reference", "Draw float reference images", key, compute, link="reference", assist=assist)
     tensors = load_file(stage.file("images.safetensors"))
     return ReferenceImages(tensors["images"], tensors["other"], stage)
 
@@ -171,7 +215,7 @@ def evaluate(
             images = reference_images.images
         else:
             run, corrections = quantized.student.run, quantized.corrections
-            images = draw(task, run, settings, settings.noise_seed, progress, corrections)
+            images = draw(task, run, settings, settings.noise_seed, progress, corrections, context.processes)
         metrics = metrics_of(context.registry, settings)
         samples = sample_set(task, network, images, reference_images.images, compared(), metrics)
         values = values_of(metrics, samples, arm)
@@ -182,7 +226,13 @@ def evaluate(
             (folder / "intervals.json").write_text(json.dumps(found, indent=1))
         save_file({"images": images}, folder / "images.safetensors")
 
-    stage = context.stage("evaluate", f"{arm}: draw and measure", key, compute, link=f"{arm}/evaluate")
+    def assist() -> None:
+        if quantized is not None:
+            run, corrections = quantized.student.run, quantized.corrections
+            help_draw(task, run, settings, settings.noise_seed, corrections, context.processes)
+
+    title, link = f"{arm}: draw and measure", f"{arm}/evaluate"
+    stage = context.stage("evaluate", title, key, compute, link=link, assist=assist)
     metrics = json.loads(stage.file("metrics.json").read_text())
     intervals = json.loads(stage.file("intervals.json").read_text()) if settings.bootstrap else {}
     pairs = {name: (low, high) for name, (low, high) in intervals.items()}

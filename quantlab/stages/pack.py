@@ -21,7 +21,7 @@ from quantlab.packing.write import Finished
 from quantlab.packing.write import pack as pack_network
 from quantlab.plugins import Registry
 from quantlab.recipe.schema import Recipe
-from quantlab.stages.context import RunContext, as_json
+from quantlab.stages.context import RunContext
 from quantlab.stages.outcome import Measured, Protocol
 from quantlab.stages.quantize import Quantized
 from quantlab.store import JSON, StageFolder
@@ -39,7 +39,7 @@ def pack(
         "protocol": protocol.digest,
         "protocol_fields": dict(protocol.fields),
     }
-    origin = Origin(method=arm, recipe=recipe.model_dump(mode="json"), evaluation=evaluation)  # type: ignore[arg-type]
+    origin = Origin(method=arm, recipe=recipe.settings(), evaluation=evaluation)  # type: ignore[arg-type]
     try:
         content = pack_student(final.student, final.bit_map, final.corrections, recipe, task, origin)
     except PackError as refusal:
@@ -50,7 +50,7 @@ def pack(
         "from": final.stage.digest,
         "evaluate": measured.stage.digest,
         "protocol": protocol.digest,
-        "recipe": as_json(recipe),
+        "recipe": recipe.settings(),
     }
 
     def compute(folder: Path, progress: Progress) -> None:

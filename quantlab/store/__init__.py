@@ -16,7 +16,7 @@ from quantlab.store.files import (
     json_text,
     read_json,
 )
-from quantlab.store.runs import RunFolder, RunRecord, clean_runs, create_run, list_runs
+from quantlab.store.runs import RunFolder, RunRecord, WatchedRun, clean_runs, create_run, list_runs
 from quantlab.store.stages import StageFolder, Store, check_stage
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "RunRecord",
     "StageFolder",
     "Store",
+    "WatchedRun",
     "append_event",
     "atomic_write",
     "atomic_write_json",

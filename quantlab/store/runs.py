@@ -48,6 +48,25 @@ class RunFolder:
         append_event(self.path, record)
 
 
+class WatchedRun(RunFolder):
+    """The folder of a run that another process writes: from here nothing is written."""
+
+    def link(self, stage: StageFolder, name: str | None = None) -> Path:
+        """Where the link is, or will be."""
+        return self.path / (name or stage.name)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Where the file is, or will be."""
+        return self.path / name
+
+    def write_json(self, name: str, value: JSON) -> Path:
+        """Where the file is, or will be."""
+        return self.path / name
+
+    def event(self, record: Mapping[str, JSON]) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What ``quantlab runs`` tells of a run.

@@ -120,16 +120,17 @@ def call(*arguments: str):
 def test_run_prints_the_table_and_passes_the_options_on(fake, given, tmp_path):
     result = call("run", *given, "--set", "seed=3", "--runs-dir", str(tmp_path), "--device", "cuda", "--dry-run")
     assert (result.exit_code, result.stdout) == (0, "the table\n")
-    loaded, runs_dir, device, dtype, dry_run, console = fake.calls[0]
+    loaded, runs_dir, device, dtype, dry_run, console, processes = fake.calls[0]
     assert loaded.recipe.seed == 3
     assert (runs_dir, device, dtype, dry_run) == (tmp_path, "cuda", "float32", True)
-    assert console == {"verbose": False, "quiet": False}
+    assert console == {"verbose": False, "quiet": False, "silent": False}
+    assert processes.count == 1
 
 
 def test_json_on_standard_output_is_json_alone(fake, given):
     result = call("run", *given, "--json")
     assert json.loads(result.stdout) == {"folder": "runs/x", "rows": [{"method": "plain", "fid": None}]}
-    assert fake.calls[0][-1]["quiet"]
+    assert fake.calls[0][-2]["quiet"]
 
 
 @pytest.mark.parametrize("verbose", [False, True])

@@ -13,18 +13,21 @@ from safetensors.torch import save, save_file
 
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import ModelError, RecipeError
+from quantlab.models.compvis import convert
+from quantlab.models.compvis.config import read_config
 from quantlab.models.compvis.source import CompVisConfig, CompVisSource
-from quantlab.models.compvis.task import CompVisTask
+from quantlab.models.compvis.task import CONTEXT
+from quantlab.models.denoiser import DenoiserTask
 
 
-def load(folder: Path, name: str = "none", *, sampling: dict[str, Any] | None = None, **options: Any) -> CompVisTask:
+def load(folder: Path, name: str = "none", *, sampling: dict[str, Any] | None = None, **options: Any) -> DenoiserTask:
     weights, config = tiny_checkpoint(folder, name, first_stage=options.pop("first_stage", "vq"))
     source = CompVisSource(CompVisConfig(config=str(config), **options))
     model = Model(source="compvis", weights=str(weights))
     return source.load(model, Sampling(**{"steps": 2, **(sampling or {})}), torch.device("cpu"), torch.float32)
 
 
-def run_of(task: CompVisTask):
+def run_of(task: DenoiserTask):
     return lambda inputs: task.network(**inputs, **task.static)[0]
 
 
@@ -35,7 +38,7 @@ def test_the_noise_schedule_is_the_configs(tmp_path: Path) -> None:
     for step, root in enumerate(roots):
         product *= 1 - root**2
         if step in (0, 500, 999):
-            assert float(task.schedule.alphas_cumprod[step]) == pytest.approx(product, rel=1e-9)
+            assert float(task.sampler.alphas_cumprod[step]) == pytest.approx(product, rel=1e-9)
 
 
 def test_guidance_weighs_the_class_against_none(tmp_path: Path) -> None:
@@ -43,9 +46,9 @@ def test_guidance_weighs_the_class_against_none(tmp_path: Path) -> None:
     inputs = {
         "sample": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         "timestep": torch.tensor([501, 501]),
-        "condition": torch.tensor([0, 3]),
+        "label": torch.tensor([0, 3]),
     }
-    table = task.model.class_embedder.weight  # type: ignore[union-attr]
+    table = torch.cat([task.conditions.rows[CONTEXT], task.conditions.unconditional[CONTEXT]])[:, 0]
     with torch.no_grad():
         found = task.predict(run_of(task), inputs)
         told, untold = (
@@ -59,8 +62,9 @@ def test_guidance_weighs_the_class_against_none(tmp_path: Path) -> None:
 def test_calibration_is_the_trajectory_and_keeps_conditions_as_numbers(tmp_path: Path) -> None:
     task = load(tmp_path, "classes")
     data = task.calibrate(run_of(task), range(3), torch.Generator().manual_seed(0), lambda done, total: None)
-    assert set(data.inputs) == {"sample", "timestep", "condition"} and data.outputs.shape == (2, 3, 3, 8, 8)
-    after = task.schedule.step(0, data.outputs[0], data.inputs["sample"][0])
+    assert set(data.inputs) == {"sample", "timestep", "label"} and data.outputs.shape == (2, 3, 3, 8, 8)
+    assert not task.protect, "as many bits as the recipe's own rules say"
+    after = task.sampler.step(0, data.outputs[0], data.inputs["sample"][0])
     torch.testing.assert_close(after, data.inputs["sample"][1])
 
 
@@ -72,11 +76,12 @@ def test_images_are_decoded_latents(tmp_path: Path, first_stage: str, side: int)
     assert images.shape == (5, 3, side, side) and images.abs().max() <= 1
     save({"images": images})  # as a run keeps them
     with torch.no_grad():
-        latents = task.schedule.sample(
+        latents = task.sampler.sample(
             lambda inputs: run_of(task)({k: inputs[k] for k in ("sample", "timestep")}), noise, {}
         )
-        decoded: Any = task.model.first_stage
-        expected = decoded.decode(latents[2:3] / task.model.scale_factor).sample.clamp(-1, 1)
+        model = convert.load(read_config(tmp_path / "config.yaml"), tmp_path / "model.ckpt")
+        decoded: Any = model.first_stage
+        expected = decoded.decode(latents[2:3] / model.scale_factor).sample.clamp(-1, 1)
     torch.testing.assert_close(images[2:3], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -88,12 +93,12 @@ def test_contexts_and_prompts_come_from_files(tmp_path: Path) -> None:
     given = {"contexts": str(tmp_path / "contexts.safetensors"), "prompts": str(tmp_path / "prompts.txt")}
     task = load(tmp_path, "text", sampling={"guidance": 7.5}, **given)
     assert task.prompts(3) == ["a cat", "a dog", "a cat"]
-    inputs = {"sample": torch.zeros(1, 3, 8, 8), "timestep": torch.tensor([1]), "condition": torch.tensor([1])}
+    inputs = {"sample": torch.zeros(1, 3, 8, 8), "timestep": torch.tensor([1]), "label": torch.tensor([1])}
     assert torch.equal(task.network_inputs(inputs)["encoder_hidden_states"], torch.stack([without, contexts[1]]))
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(RecipeError, match="as many prompts as contexts"):
         load(tmp_path, "text", **given)
-    with pytest.raises(RecipeError, match="needs the contexts"):
+    with pytest.raises(RecipeError, match="needs prompts, and a tokenizer"):
         load(tmp_path, "text")
     save_file({"contexts": contexts[..., :3].contiguous(), "unconditional": without}, tmp_path / "contexts.safetensors")
     with pytest.raises(ModelError, match="no contexts of this model"):
