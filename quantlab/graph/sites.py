@@ -171,7 +171,7 @@ def _slots(calls: Sequence[_Call]) -> tuple[Slot, ...]:
 def _block(model: nn.Module, path: str, layers: Sequence[str]) -> str:
     """The block of a site: an element of a list that the model holds, or a child with several layers; else itself."""
     child, _, rest = path.partition(".")
-    if isinstance(model.get_submodule(child), nn.ModuleList | nn.Sequential | nn.ModuleDict) and rest:
+    if isinstance(getattr(model, child, None), nn.ModuleList | nn.Sequential | nn.ModuleDict) and rest:
         return f"{child}.{rest.partition('.')[0]}"
     several = sum(layer.startswith(f"{child}.") for layer in layers) > 1
     return child if several else path

@@ -42,7 +42,7 @@ def find_uncovered(model: nn.Module, captured: CapturedGraph) -> Iterator[Uncove
     batch = sample.meta["shape"][0] if sample is not None and sample.meta.get("shape") else 1
     products = {call.node for call in find_products(captured)}
     for node in captured.graph.nodes:
-        if node in products or not node.meta.get("shape") or layer_call(model, node) is not None:
+        if node in products or layer_call(model, node) is not None:
             continue
         reason = _reason(model, node)
         if reason is not None:
@@ -86,7 +86,7 @@ def _reason(model: nn.Module, node: fx.Node) -> str | None:
 
 def _macs(model: nn.Module, node: fx.Node) -> int:
     """At the captured batch."""
-    size = math.prod(node.meta["shape"])
+    size = math.prod(node.meta.get("shape", ()))
     if node.op == "call_module":  # a transposed convolution
         return math.prod(data_inputs(node)[0].meta["shape"]) * model.get_submodule(str(node.target)).weight[0].numel()  # type: ignore[union-attr]
     if node.target in _EINSUM:

@@ -27,7 +27,9 @@ def diagnosis(dit):
 def test_sites_coverage_and_limits(diagnosis):
     assert diagnosis.network == "DiTTransformer2DModel" and diagnosis.method == "value trace"
     kinds = {line.kind: line for line in diagnosis.kinds}
-    assert {kind: line.count for kind, line in kinds.items()} == {"conv": 1, "linear": 20, "attention": 2}
+    assert {kind: line.count for kind, line in kinds.items()} == {
+        "conv": 1, "linear": 20, "embedding": 2, "attention": 2,
+    }  # fmt: skip
     assert kinds["attention"].macs == 2 * 2 * 16 * 16 * 32  # two blocks, two products of 16 tokens by 32 channels
     assert diagnosis.coverage == pytest.approx(1 - kinds["attention"].macs / diagnosis.macs)
     assert any("hidden_states.shape[2]" in guard for guard in diagnosis.guards)

@@ -31,7 +31,9 @@ def smooth(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
 def _checked_layer(model: nn.Module, site: str, scale: Tensor) -> QuantizedLayer:
     layer = model.get_submodule(site)
     if not isinstance(layer, QuantizedLayer) or isinstance(layer, nn.Embedding):
-        raise ModelError("only a quantized layer that multiplies its input can be smoothed", where=site, got=type(layer).__name__)
+        raise ModelError(
+            "only a quantized layer that multiplies its input can be smoothed", where=site, got=type(layer).__name__
+        )
     channels = layer.input_channels
     if scale.shape != (channels,):
         raise ModelError(
