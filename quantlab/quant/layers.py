@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.sections import Pack
 from quantlab.contracts.tuning import AdapterSpec, AdapterStart
-from quantlab.errors import RecipeError
 from quantlab.quant.adapter import LowRankAdapter
 from quantlab.quant.branch import LowRankBranch
 from quantlab.quant.operation import (
@@ -80,19 +79,19 @@ class QuantizedLayer(nn.Module):
                 self.weight.add_(own_layout(self, self.adapter.delta()))
             self.adapter = None
 
+    @property
+    def allows_branch(self) -> bool:
+        """Whether a low-rank branch is defined: of a transposed convolution its cost is not that of its values."""
+        return not isinstance(self, TransposedConvolution)
+
     def add_branch(self, rank: int) -> None:
         """Add a low-rank branch of zeros; what it takes over is to be taken from the weight.
 
         Raises:
-            RecipeError: the layer is a transposed convolution, whose branch would not have its cost.
+            ValueError: the layer allows none.
         """
-        if isinstance(self, TransposedConvolution):
-            raise RecipeError(
-                "a transposed convolution has no low-rank branch",
-                where="tune.tuners",
-                got=f"a weight {list(self.weight.shape)}",
-                next_step="keep the layer outside the budget, or choose another tuner",
-            )
+        if not self.allows_branch:
+            raise ValueError("a transposed convolution has no low-rank branch")
         self.branch = LowRankBranch(self.weight, rank, self.groups)
 
     def float_weight(self) -> Tensor:

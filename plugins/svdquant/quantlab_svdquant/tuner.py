@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlab import (
     QuantizedLayer,
+    RecipeError,
     Strict,
     TuneJob,
     Tuner,
@@ -47,10 +48,20 @@ class SvdQuantTuner(Tuner):
 
         The history has, layer by layer, the mean squared error of the output: "total", "first" before any refit, and
         "quantized" without a branch.
+
+        Raises:
+            RecipeError: a layer allows no branch.
         """
         layers = cast(Mapping[str, QuantizedLayer], job.layers)
         history: dict[str, list[float]] = {"total": [], "first": [], "quantized": []}
         rank = self.config.rank or job.settings.rank
+        for name, layer in layers.items():
+            if not layer.allows_branch:
+                raise RecipeError(
+                    "a transposed convolution has no low-rank branch",
+                    where=f"tune.tuners, site {name}",
+                    next_step=f'keep the layer outside the budget: keep: [{{match: "{name}", bits: 8}}]',
+                )
 
         def visit(name: str, x: Tensor, timestep: Tensor | None) -> None:
             layer = layers[name]

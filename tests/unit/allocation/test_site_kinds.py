@@ -233,8 +233,13 @@ def test_tuners_take_every_kind(toy, method: str) -> None:
 
 def test_a_branch_of_a_transposed_convolution_is_refused(toy) -> None:
     batch = {"sample": torch.randn(8, 1, 6, 6), "timestep": torch.arange(8) * 50}
-    with pytest.raises(RecipeError, match="a transposed convolution has no low-rank branch"):
+    with pytest.raises(RecipeError, match="a transposed convolution has no low-rank branch") as caught:
         quantize(toy.task.network, [batch], "svdquant", weight_bits=8, samples=8, iterations=2)
+    assert caught.value.where == "tune.tuners, site up"
+    keep = {"up*": 8}
+    done = quantize(toy.task.network, [batch], "svdquant", weight_bits=8, samples=8, iterations=2, keep=keep)
+    exact = toy.task.network(**batch)
+    assert 0 < (done.module(**batch) - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
 def test_kinds_of_sites_are_named() -> None:
