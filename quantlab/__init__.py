@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from quantlab.quant.accounting import zero_point_bytes
     from quantlab.quant.functional import fake_quantize, search_scale
     from quantlab.quant.grid import WeightGrid
-    from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+    from quantlab.quant.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
     from quantlab.quant.split import parts_of
     from quantlab.recipe.load import LoadedRecipe, load_recipe
     from quantlab.recipe.method import method_from_yaml
@@ -118,7 +118,7 @@ _NAMES = {
     "quant.accounting": "zero_point_bytes",
     "quant.functional": "fake_quantize search_scale",
     "quant.grid": "WeightGrid",
-    "quant.layers": "QuantizedConv2d QuantizedLinear",
+    "quant.layers": "QuantizedConv2d QuantizedLayer QuantizedLinear",
     "quant.split": "parts_of",
     "recipe.load": "LoadedRecipe load_recipe",
     "recipe.method": "method_from_yaml",
@@ -187,6 +187,7 @@ __all__ = [
     "QParams",
     "QuantSpec",
     "QuantizedConv2d",
+    "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedModule",
     "Quantizer",

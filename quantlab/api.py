@@ -137,7 +137,7 @@ def quantize(
 
 def _quantize(context: RunContext, task: ModuleTask, recipe: Recipe, samples: int) -> QuantizedModule:
     captured = prepare.capture(context, task)
-    plan = prepare.plan(captured.sites, recipe, {}, task.protect)
+    plan = prepare.plan(captured.sites, recipe, {}, task.protect, captured.uncovered)
     quantize_stages.check_budget(plan, recipe, context.registry, FloatModel.of(task.network), recipe.method)
     calibrated = prepare.calibrate(context, captured, recipe.sampling, recipe.calibrate, recipe.seed)
     rows = min(samples, calibrated.data.num_samples)

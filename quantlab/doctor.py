@@ -12,12 +12,12 @@ from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import Task
 from quantlab.contracts.site import Site, SiteKind
 from quantlab.errors import QuantlabError
-from quantlab.graph.uncovered import find_uncovered, peak_activation_bytes
+from quantlab.graph.uncovered import Uncovered, by_reason, find_uncovered, peak_activation_bytes
 from quantlab.plugins import Kind, Registry
 from quantlab.quant.accounting import FloatModel
 from quantlab.recipe.load import LoadedRecipe, load_recipe
 from quantlab.recipe.schema import SCHEMA_VERSION, Recipe
-from quantlab.report.diagnosis import Diagnosis, KindLine, ProtectedLine
+from quantlab.report.diagnosis import Diagnosis, KindLine, ProtectedLine, shortened
 from quantlab.run import dry_cost, load_task
 from quantlab.stages import prepare
 from quantlab.store import JSON, json_text
@@ -25,7 +25,11 @@ from quantlab.store import JSON, json_text
 METHOD = "min-max"
 """Of a model that is named without a recipe; what the doctor says does not depend on it but for the size."""
 BITS: JSON = {"weight_bits": 4, "activation_bits": 8}
-_REASONS = {SiteKind.ATTENTION: "with the key attention; float otherwise"}
+_REASONS = {
+    SiteKind.ATTENTION: "with the key attention; float otherwise",
+    SiteKind.MATMUL: "with the key products; float otherwise",
+    SiteKind.EMBEDDING: "with the key embeddings; float otherwise",
+}
 
 
 class LowCoverage(QuantlabError):
@@ -75,21 +79,16 @@ def diagnose_task(model: str, task: Task, loaded: LoadedRecipe) -> Diagnosis:
     graph, sites = prepare.capture_sites(task)
     seconds = time.perf_counter() - start
     recipe = loaded.recipe
-    plan = prepare.plan(sites, recipe, loaded.origin, task.protect)
+    uncovered = tuple(find_uncovered(task.network, graph))
+    plan = prepare.plan(sites, recipe, loaded.origin, task.protect, uncovered)
     float_model = FloatModel.of(task.network)
-    uncovered = list(find_uncovered(task.network, graph))
-    operations = dict.fromkeys(found.operation for found in uncovered)
-    other = [
-        KindLine(name, len(same), sum(found.macs for found in same), False, "no site")
-        for name, same in ((name, [f for f in uncovered if f.operation == name]) for name in operations)
-    ]
     return Diagnosis(
         model=model,
         network=type(task.network).__name__,
         method=str(graph.method),
         seconds=seconds,
         notes=graph.notes,
-        kinds=(*_kinds(sites), *other),
+        kinds=(*_kinds(sites), *_others(uncovered)),
         protected=tuple(_protected(plan, task, recipe)),
         guards=tuple(f"{guard.condition} is {guard.holds}" for guard in graph.guards),
         parameters=sum(parameter.numel() for parameter in task.network.parameters()),
@@ -107,6 +106,14 @@ def _kinds(sites: Sequence[Site]) -> Iterator[KindLine]:
             yield KindLine(
                 str(kind), len(same), sum(s.macs for s in same), kind not in _REASONS, _REASONS.get(kind, "")
             )
+
+
+def _others(uncovered: Sequence[Uncovered]) -> Iterator[KindLine]:
+    """What multiplies without being a site, by operation and reason."""
+    for (operation, reason), same in by_reason(uncovered).items():
+        names = shortened(list(dict.fromkeys(found.where for found in same if found.where)))
+        where = f" ({names})" if names else ""
+        yield KindLine(operation, len(same), sum(found.macs for found in same), False, f"no site: {reason}{where}")
 
 
 def _protected(plan: Plan, task: Task, recipe: Recipe) -> Iterator[ProtectedLine]:

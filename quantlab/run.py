@@ -15,6 +15,7 @@ from quantlab.contracts.model import Outcome, Task
 from quantlab.contracts.site import Site
 from quantlab.errors import RecipeError
 from quantlab.evaluation.features import feature_identity
+from quantlab.graph.uncovered import find_uncovered
 from quantlab.plugins import Kind, Registry
 from quantlab.processes import ALONE, Processes
 from quantlab.quant.accounting import ACCOUNTING_VERSION, Accounting, FloatModel
@@ -103,7 +104,7 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
 
     captured = prepare.capture(context, task)
     float_model = FloatModel.of(task.network)
-    plan = prepare.plan(captured.sites, recipe, loaded.origin, task.protect)
+    plan = prepare.plan(captured.sites, recipe, loaded.origin, task.protect, captured.uncovered)
     cost = dry_cost(recipe, plan, float_model)
     folder.write_json("plan.json", describe.plan_json(plan, cost))
     coverage = describe.coverage_text(plan, cost)
@@ -119,7 +120,7 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     images = [(FULL_PRECISION, measured.images)]
     for method in methods_of(recipe):
         arm = for_method(loaded, method)
-        plan = prepare.plan(captured.sites, arm, loaded.origin, task.protect)
+        plan = prepare.plan(captured.sites, arm, loaded.origin, task.protect, captured.uncovered)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
         final = quantize.finalize(context, tuned, method, arm.pack)
@@ -218,8 +219,9 @@ def dry_run(loaded: LoadedRecipe, task: Task, options: RunOptions) -> str:
     """Sites, bits, size and bit operations, with nothing measured and nothing kept."""
     recipe = loaded.recipe
     with options.console.task("Capture the graph"):
-        sites = prepare.capture_sites(task)[1]
-    plan = prepare.plan(sites, recipe, loaded.origin, task.protect)
+        graph, sites = prepare.capture_sites(task)
+    uncovered = tuple(find_uncovered(task.network, graph))
+    plan = prepare.plan(sites, recipe, loaded.origin, task.protect, uncovered)
     float_model = FloatModel.of(task.network)
     cost = dry_cost(recipe, plan, float_model)
     check_budgets(loaded, task, sites, float_model)

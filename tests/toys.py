@@ -103,6 +103,31 @@ class Attending(ToyDenoiser):
         return self.conv_out(self.blocks[1](x, embedding))
 
 
+class Kinds(ToyDenoiser):
+    """A layer of every kind, a written-out attention, and a weight that is used with a bias computed beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(1000, 4)
+        self.line = nn.Conv1d(12, 12, 3, padding=1, groups=2)
+        self.volume = nn.Conv3d(12, 12, (1, 3, 3), padding=(0, 1, 1))
+        self.up = nn.ConvTranspose2d(12, 18, (3, 2), stride=2, padding=(1, 0), output_padding=(1, 0), groups=3)
+        self.up_line = nn.ConvTranspose1d(18, 12, 1)
+        self.up_volume = nn.ConvTranspose3d(12, 12, (1, 2, 2), stride=(1, 2, 2))
+        self.down = nn.Conv2d(12, 12, 4, stride=4)
+        self.mix, self.shift = nn.Linear(12, 12, bias=False), nn.Parameter(torch.randn(6))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        x = self.blocks[0](self.conv_in(sample), self.table(timestep))
+        rows = self.line(x.flatten(2))
+        rows = rows @ (rows.mT @ rows / 12).softmax(1)
+        rows = F.linear(rows.mT, self.mix.weight, torch.cat([self.shift, -self.shift])).mT
+        x = self.up(self.volume(x[:, :, None])[:, :, 0] + rows.unflatten(2, (6, 6)))
+        x = self.up_line(x.flatten(2)).unflatten(2, (12, 12))
+        x = self.down(self.up_volume(x[:, :, None])[:, :, 0])
+        return self.conv_out(x)
+
+
 @dataclass
 class ToyTask(Task):
     """Calibrates on noise at four timesteps."""

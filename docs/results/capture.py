@@ -32,6 +32,7 @@ from quantlab.graph.verify import capture_verified
 from quantlab.models.conditions import Conditions
 from quantlab.models.denoiser import Denoiser, DenoiserTask
 from quantlab.models.diffusers_families import family_of
+from quantlab.quant.operation import Multiplying
 from quantlab.report.tables import markdown_of
 from quantlab.sampling import Schedule
 
@@ -58,8 +59,13 @@ def coverage(network: nn.Module, graph: CapturedGraph, sites: tuple[Site, ...]) 
     """Share of the multiply-accumulates at layers, and at layers and attentions."""
     layers = sum(site.macs for site in sites if site.weight_shape)
     attentions = sum(site.macs for site in sites if site.kind is SiteKind.ATTENTION)
-    total = layers + attentions + sum(found.macs for found in find_uncovered(network, graph))
+    total = sum(site.macs for site in sites) + sum(found.macs for found in find_uncovered(network, graph))
     return f"{layers / total:.1%}", f"{(layers + attentions) / total:.1%}"
+
+
+def multiplying(sites: tuple[Site, ...]) -> list[Site]:
+    """The layers that multiply: an embedding looks up."""
+    return [site for site in sites if site.weight_shape and site.macs]
 
 
 def small_line(name: str) -> list[str]:
@@ -78,9 +84,9 @@ def small_line(name: str) -> list[str]:
     except CaptureError:
         again = capture(network, inputs, larger.static)
         doubled = f"{largest_difference(network, again, inputs):g}, captured again"
-    layers = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in network.modules())
-    found = sum(site.weight_shape is not None for site in sites)
-    attentions = len(sites) - found
+    layers = sum(isinstance(module, Multiplying) for module in network.modules())
+    found = len(multiplying(sites))
+    attentions = sum(site.kind is SiteKind.ATTENTION for site in sites)
     return [
         name, type(network).__name__, str(graph.method), f"{seconds:.1f}", f"{found} of {layers}", str(attentions),
         *coverage(network, graph, sites), str(len(graph.guards)), f"{worst:g}", doubled,
@@ -102,7 +108,7 @@ def real_line(name: str, build: Callable[[], nn.Module], size: int | None) -> li
     macs = sum(site.macs for site in sites) / 1e9
     return [
         name, f"{parameters:,.0f} M", f"{macs:,.0f} G", f"{seconds:.1f}",
-        str(sum(site.weight_shape is not None for site in sites)), *coverage(network, graph, sites),
+        str(len(multiplying(sites))), *coverage(network, graph, sites),
     ]  # fmt: skip
 
 

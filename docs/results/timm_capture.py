@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quantlab.graph.compare import largest_difference
 from quantlab.graph.sites import find_sites
 from quantlab.graph.verify import capture_verified
+from quantlab.quant.operation import Multiplying
 from quantlab.torchvision_shim import ensure_torchvision_imports
 
 BATCHES = (1, 2, 3)
@@ -28,9 +29,10 @@ ABOUT = """\
 architectures with random weights, by `python docs/results/timm_capture.py`. The difference is the largest between
 graph and network at batch 1, 2 and 3 in float32. Layers are convolutions and linear layers; the share of the
 multiply-accumulates is of those that torch's counter sees at batch 1, which on a CPU are without fused attention. What
-is missing to 100 % are products that a network writes out, and weights that it uses without calling their layer: an
-NFNet normalizes each convolution's weight first, and Swin V2, EVA-02 and BEiT put the bias of query, key and value
-together first. Those weights stay float. A network that value tracing cannot follow is captured by torch.export.
+is missing to 100 % are products that a network writes out, and the weights of an NFNet, which normalizes each of them
+before it convolves. Those weights stay float. Swin V2, EVA-02 and BEiT put the bias of query, key and value together
+and use the weight without calling its layer, which is a site all the same. A network that value tracing cannot follow
+is captured by torch.export.
 Seconds are of one thread of a busy machine.
 """
 
@@ -169,16 +171,16 @@ def examine(case: Case) -> Captured:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(inputs(1)["x"])
     total = counter.get_total_flops() / 2
-    held = sum(site.macs for site in sites if site.weight_shape)
-    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
+    held = [site for site in sites if site.weight_shape and site.macs]
+    layers = sum(isinstance(module, Multiplying) for module in network.modules())
     difference = max(largest_difference(network, captured, inputs(batch)) for batch in BATCHES)
     count = sum(value.numel() for value in network.parameters())
     return Captured(
         count,
         str(captured.method),
-        sum(bool(site.weight_shape) for site in sites),
+        len(held),
         layers,
-        held / total if total else 0.0,
+        sum(site.macs for site in held) / total if total else 0.0,
         difference,
         seconds,
         "; ".join(captured.notes),

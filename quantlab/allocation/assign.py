@@ -19,10 +19,9 @@ from quantlab.allocation.budgets import open_limits, require_within
 from quantlab.allocation.cost import student_cost
 from quantlab.allocation.plan import SitePlan, mean_weight_bits
 from quantlab.allocation.student import (
-    QuantizedLayer,
     QuantizerChoices,
     Student,
-    install_attention_quantizers,
+    install_operand_quantizers,
     install_quantizers,
 )
 from quantlab.calibration.collect import Operands, SpilledInputs, collect_inputs, collect_operands, watch_inputs
@@ -37,6 +36,7 @@ from quantlab.contracts.scores import ScoreRequest
 from quantlab.contracts.sections import InputsFrom
 from quantlab.errors import QuantlabError
 from quantlab.graph.passes.smooth import smooth
+from quantlab.quant.layers import QuantizedLayer
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def assign(
     with torch.no_grad():
         match method.inputs_from:
             case InputsFrom.TEACHER:
-                attended = collect_operands(student.attentions(), student.run, batch.inputs, streaming)
+                attended = collect_operands(student.products(), student.run, batch.inputs, streaming)
                 records = smoothed_records(student, method, batch, streaming)
                 bit_map = assigner.allocate(bit_map, records)
                 for done, (name, record) in enumerate(records.items(), 1):
@@ -112,8 +112,8 @@ def assign(
 
                 watch_inputs(student.network, names, assign_site, lambda: student.run(batch.inputs))
                 _require_all(names, assigned)
-                attended = collect_operands(student.attentions(), student.run, batch.inputs, streaming)
-        assigner.quantize_attentions(attended, bit_map)
+                attended = collect_operands(student.products(), student.run, batch.inputs, streaming)
+        assigner.quantize_products(attended, bit_map)
     _require_budget(student, bit_map, method.policies)
     return bit_map
 
@@ -231,16 +231,19 @@ class _Assigner:
     def output_error(self, layer: QuantizedLayer, record: SiteRecord) -> float:
         """Mean squared error of a layer's output on its calibration inputs against the float one."""
         # Not a call of the module: its hooks are the ones that assign it.
-        pairs = ((layer.forward(x.to(layer.weight.dtype), self.timestep), x) for x in record.inputs)
+        pairs = (
+            (layer.forward(x.to(layer.weight.dtype) if x.is_floating_point() else x, self.timestep), x)
+            for x in record.inputs
+        )
         squared = [(output.float() - record.compute(x, record.weight)).square() for output, x in pairs]
         return sum(part.double().sum().item() for part in squared) / sum(part.numel() for part in squared)
 
-    def quantize_attentions(self, attended: Operands, bit_map: BitMap) -> None:
-        """Install the quantizers of every attention and find their scales."""
-        for entry in self.student.plan.attentions:
-            attention = self.student.attentions()[entry.site.name]
-            install_attention_quantizers(attention, entry, bit_map, self.method.choices)
-            for slot, quantizer in attention.quantizers.items():
+    def quantize_products(self, attended: Operands, bit_map: BitMap) -> None:
+        """Install the quantizers of every product of activations and find their scales."""
+        for entry in self.student.plan.products:
+            product = self.student.products()[entry.site.name]
+            install_operand_quantizers(product, entry, bit_map, self.method.choices)
+            for slot, quantizer in product.quantizers.items():
                 x = attended[entry.site.name, slot]
                 quantizer.to(x.device)
                 find_scales(cast(Quantizer, quantizer), [x], self.timestep, entry.site.name)

@@ -10,11 +10,11 @@ from typing import cast
 import torch
 
 from quantlab.allocation.plan import Plan, SitePlan
-from quantlab.allocation.student import QuantizedLayer, Student
+from quantlab.allocation.student import Student
 from quantlab.contracts.allocation import FLOAT_BITS, BitMap
 from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.quantizer import Quantizer
-from quantlab.contracts.site import Site
+from quantlab.contracts.site import Site, SiteKind
 from quantlab.quant.accounting import (
     SCALE_BYTES,
     TIMESTEP_BYTES,
@@ -26,7 +26,9 @@ from quantlab.quant.accounting import (
     table_bytes,
     zero_point_bytes,
 )
-from quantlab.quant.attention import KEY, PROBABILITIES, QUERY, VALUE, QuantizedAttention
+from quantlab.quant.attention import KEY, PROBABILITIES, QUERY, VALUE
+from quantlab.quant.layers import QuantizedLayer
+from quantlab.quant.operands import QuantizedOperands
 
 
 def student_cost(
@@ -40,14 +42,22 @@ def student_cost(
         float_model: of the float network.
         corrections: of the sampler.
     """
-    quantized, attentions = student.layers(), student.attentions()
+    quantized, products = student.layers(), student.products()
     costs = []
     for entry in student.plan.sites:
         cost = site_cost(entry.site, bit_map)
-        layer, attention = quantized.get(entry.site.name), attentions.get(entry.site.name)
+        layer, product = quantized.get(entry.site.name), products.get(entry.site.name)
         cost = cost if layer is None else _with_layer(cost, layer)
-        costs.append(cost if attention is None else replace(cost, operand_bytes=_operand_bytes(attention)))
-    return replace(account(costs, float_model), correction_bytes=sum(map(_correction_bytes, corrections)))
+        costs.append(cost if product is None else replace(cost, operand_bytes=_operand_bytes(product)))
+    return replace(
+        account(costs, float_model),
+        correction_bytes=sum(map(_correction_bytes, corrections)),
+        other_macs=_other_macs(student.plan),
+    )
+
+
+def _other_macs(plan: Plan) -> int:
+    return sum(left.macs for left in plan.uncovered)
 
 
 def _correction_bytes(fitted: FittedCorrection) -> int:
@@ -87,7 +97,7 @@ def planned_cost(
                 activation_zero_point_bytes=zero_point_bytes,
             )
         costs.append(cost)
-    return account(costs, float_model)
+    return replace(account(costs, float_model), other_macs=_other_macs(plan))
 
 
 def site_cost(site: Site, bit_map: BitMap) -> SiteCost:
@@ -109,7 +119,13 @@ def input_elements(site: Site) -> int:
 
 
 def _products(site: Site, bit_map: BitMap) -> tuple[Product, ...]:
-    """Query times key and probabilities times value of an attention that the bit map quantizes."""
+    """The products of activations of a site that the bit map quantizes, each with the bits of its operands.
+
+    Of an attention these are query times key and probabilities times value.
+    """
+    if site.kind is SiteKind.MATMUL:
+        left, right = (bit_map.activation_bits[site.name, slot.name] for slot in site.slots)
+        return (Product(site.macs, (left, right)),)
     shapes = {slot.name: slot.shape for slot in site.slots}
     if PROBABILITIES not in shapes:
         return ()
@@ -121,10 +137,10 @@ def _products(site: Site, bit_map: BitMap) -> tuple[Product, ...]:
     )
 
 
-def _operand_bytes(attention: QuantizedAttention) -> int:
-    """Tables of an attention's quantizers."""
+def _operand_bytes(product: QuantizedOperands) -> int:
+    """Tables of the quantizers of a product's operands."""
     total = 0
-    for quantizer in attention.quantizers.values():
+    for quantizer in product.quantizers.values():
         stored = cast(Quantizer, quantizer).qparams()
         if stored is not None:
             width = zero_point_bytes(stored.zero_point, stored.round_zero_point)

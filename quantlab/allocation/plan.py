@@ -8,9 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from quantlab.contracts.allocation import FLOAT_BITS, BitMap
-from quantlab.contracts.sections import Attention, Budget
+from quantlab.contracts.sections import Attention, Budget, Embeddings, Products
 from quantlab.contracts.site import Site, SiteKind, Slot
 from quantlab.errors import ModelError, RecipeError
+from quantlab.graph.uncovered import Uncovered
+
+_LAYERS = (SiteKind.CONV, SiteKind.CONV_TRANSPOSE, SiteKind.LINEAR)
+"""What budgets are about."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,17 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The intent for every site, in the graph's order."""
+    """The intent for every site, in the graph's order.
+
+    Attributes:
+        sites: of the graph; products outside attention and embeddings only where the recipe has them quantized.
+        budget: of the sites that policies may allocate.
+        uncovered: all other multiply-accumulates, which stay float.
+    """
 
     sites: tuple[SitePlan, ...]
     budget: Budget
+    uncovered: tuple[Uncovered, ...] = ()
 
     @property
     def quantized(self) -> tuple[SitePlan, ...]:
@@ -59,13 +70,13 @@ class Plan:
 
     @property
     def layers(self) -> tuple[SitePlan, ...]:
-        """Of them, the linear layers and convolutions."""
-        return tuple(entry for entry in self.quantized if entry.site.kind is not SiteKind.ATTENTION)
+        """Of them, the layers: those with a weight."""
+        return tuple(entry for entry in self.quantized if entry.site.weight_shape is not None)
 
     @property
-    def attentions(self) -> tuple[SitePlan, ...]:
-        """Of them, the attentions."""
-        return tuple(entry for entry in self.quantized if entry.site.kind is SiteKind.ATTENTION)
+    def products(self) -> tuple[SitePlan, ...]:
+        """Of them, the products of activations, attentions included."""
+        return tuple(entry for entry in self.quantized if entry.site.weight_shape is None)
 
     @property
     def budgeted(self) -> tuple[Site, ...]:
@@ -80,6 +91,12 @@ class Plan:
         )
 
 
+def planned_sites(sites: Sequence[Site], products: Products | None, embeddings: Embeddings | None) -> tuple[Site, ...]:
+    """The sites that a plan is about: products outside attention and embeddings only where they are asked for."""
+    unasked = {SiteKind.MATMUL: products is None, SiteKind.EMBEDDING: embeddings is None}
+    return tuple(site for site in sites if not unasked.get(site.kind, False))
+
+
 def make_plan(
     sites: Sequence[Site],
     keep: Mapping[str, int],
@@ -87,6 +104,9 @@ def make_plan(
     *,
     split_skip: bool = False,
     attention: Attention | None = None,
+    products: Products | None = None,
+    embeddings: Embeddings | None = None,
+    uncovered: Sequence[Uncovered] = (),
 ) -> Plan:
     """Give every site its nominal bits.
 
@@ -96,37 +116,44 @@ def make_plan(
         budget: bits of all others.
         split_skip: of them, those fed by a skip concatenation quantize its parts apart.
         attention: bits of attention's products, which no budget is about; they stay float without it.
+        products: likewise of products of activations outside fused attention.
+        embeddings: likewise of tables.
+        uncovered: multiply-accumulates that no site stands for.
 
     Raises:
-        RecipeError: nothing is left to quantize, or no attention is there to be quantized.
+        RecipeError: nothing is left to quantize, or what is asked for is not there.
         ModelError: the model has no linear layer or convolution inside it.
     """
-    if not any(site.kind in (SiteKind.CONV, SiteKind.LINEAR) for site in sites):
+    if not any(site.kind in _LAYERS for site in sites):
         raise ModelError(
             "the model has no linear layer or convolution that can be quantized",
             where="capture",
             next_step="if the model is itself one layer, put it into a torch.nn.Sequential",
         )
-    if attention is not None and not any(site.kind is SiteKind.ATTENTION for site in sites):
-        raise RecipeError(
-            "the model calls no fused attention; one that is written out stays float",
-            where="attention",
-            next_step="leave the key out",
-        )
+    _require(SiteKind.ATTENTION, attention, sites, "fused attention; one that is written out has `products`")
+    _require(SiteKind.MATMUL, products, sites, "matrix product of two activations outside fused attention")
+    _require(SiteKind.EMBEDDING, embeddings, sites, "embedding")
     entries = []
-    for site in sites:
-        if site.kind is SiteKind.ATTENTION and attention is not None:
-            entries.append(_attention_plan(site, keep.get(site.name), attention))
-        elif site.kind not in (SiteKind.CONV, SiteKind.LINEAR):
+    for site in planned_sites(sites, products, embeddings):
+        kept = keep.get(site.name)
+        if site.kind is SiteKind.ATTENTION and attention is None:
             entries.append(SitePlan(site, FLOAT_BITS, FLOAT_BITS, False, f"{site.kind} sites are not quantized"))
-        elif site.name in keep:
-            bits = keep[site.name]
-            reason = "kept float by the recipe" if bits == FLOAT_BITS else ""
-            entries.append(SitePlan(site, bits, bits, False, reason))
+        elif kept == FLOAT_BITS:
+            entries.append(SitePlan(site, FLOAT_BITS, FLOAT_BITS, False, "kept float by the recipe"))
+        elif site.kind is SiteKind.ATTENTION and attention is not None:
+            entries.append(_attention_plan(site, kept, attention))
+        elif site.kind is SiteKind.MATMUL and products is not None:
+            entries.append(SitePlan(site, FLOAT_BITS, kept or products.bits, False))
+        elif site.kind is SiteKind.EMBEDDING and embeddings is not None:
+            entries.append(SitePlan(site, kept or embeddings.bits, FLOAT_BITS, False))
+        elif kept is not None:
+            entries.append(SitePlan(site, kept, kept, False))
         else:
             split = site.split if split_skip else ()
             entries.append(SitePlan(site, budget.weight_bits, budget.activation_bits, True, split=split))
-    plan = Plan(tuple(entries), budget)
+    unasked = [site for site in sites if site.kind is SiteKind.MATMUL and products is None]
+    left = [Uncovered(site.name, str(site.kind), site.macs, "the recipe has no `products`") for site in unasked]
+    plan = Plan(tuple(entries), budget, (*left, *uncovered))
     if not plan.budgeted:
         raise RecipeError(
             "no site is left for the budget", where="keep", next_step="remove a keep rule that matches everything"
@@ -134,10 +161,15 @@ def make_plan(
     return plan
 
 
+def _require(kind: SiteKind, asked: object, sites: Sequence[Site], what: str) -> None:
+    """Raise RecipeError where a key is about sites that the model has not."""
+    if asked is not None and not any(site.kind is kind for site in sites):
+        key = {SiteKind.ATTENTION: "attention", SiteKind.MATMUL: "products", SiteKind.EMBEDDING: "embeddings"}[kind]
+        raise RecipeError(f"the model has no {what}", where=key, next_step="leave the key out")
+
+
 def _attention_plan(site: Site, kept: int | None, attention: Attention) -> SitePlan:
     """The intent for an attention; a ``keep`` rule about it has the last word."""
-    if kept == FLOAT_BITS:
-        return SitePlan(site, FLOAT_BITS, FLOAT_BITS, False, "kept float by the recipe")
     shapes = {slot.name: slot.shape for slot in site.slots}
     if len(site.slots) != len(shapes):
         return SitePlan(site, FLOAT_BITS, FLOAT_BITS, False, "attention called more than once in a forward")

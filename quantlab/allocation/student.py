@@ -16,18 +16,18 @@ from quantlab.contracts.model import Inputs, Run, Task
 from quantlab.contracts.quant import PerChannel, PerTensor, QuantSpec
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.sections import Activations, Weights
+from quantlab.contracts.site import Site, SiteKind
 from quantlab.contracts.tuning import AdapterSpec, TappedRun
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.passes.insert_quantizers import insert_quantizers
 from quantlab.graph.passes.replace_attention import attention_path, replace_attention
+from quantlab.graph.passes.replace_products import replace_products
 from quantlab.graph.passes.taps import attach_taps
 from quantlab.graph.run import runner
 from quantlab.quant.accounting import FloatModel
-from quantlab.quant.attention import QuantizedAttention
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.layers import QuantizedLayer
+from quantlab.quant.operands import QuantizedOperands
 from quantlab.quant.split import SplitQuantizer
-
-QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Student:
         """All quantized layers, in the graph's order."""
         return {entry.site.name: self.layer(entry.site.name) for entry in self.plan.layers}
 
-    def attentions(self) -> Mapping[str, QuantizedAttention]:
-        """All quantized attentions, in the graph's order."""
-        names = [entry.site.name for entry in self.plan.attentions]
-        return {name: self.network.get_submodule(attention_path(name)) for name in names}  # type: ignore[misc]
+    def products(self) -> Mapping[str, QuantizedOperands]:
+        """All quantized products of activations, attentions included, in the graph's order."""
+        paths = {entry.site.name: _path_of(entry.site) for entry in self.plan.products}
+        return {name: self.network.get_submodule(path) for name, path in paths.items()}  # type: ignore[misc]
 
     def trained_layers(self) -> Mapping[str, QuantizedLayer]:
         """The layers under the budget: those that tuning may change."""
@@ -131,9 +131,9 @@ def build_student(task: Task, captured: CapturedGraph, plan: Plan, *, share: boo
     network = copy.deepcopy(task.network, memo=own)  # copies all but these
     names = [entry.site.name for entry in plan.layers]
     graph = insert_quantizers(network, captured, names, task.timestep_input)
-    if plan.attentions:
-        attentions = [entry.site.name for entry in plan.attentions]
-        graph = replace_attention(network, graph, attentions, task.timestep_input)
+    names_of = {kind: [e.site.name for e in plan.products if e.site.kind is kind] for kind in SiteKind}
+    graph = replace_products(network, graph, names_of[SiteKind.MATMUL], task.timestep_input)
+    graph = replace_attention(network, graph, names_of[SiteKind.ATTENTION], task.timestep_input)
     _untie(network, names)
     run = tapped_run(network, graph, ())
     float_model = FloatModel.of(task.network)
@@ -163,20 +163,24 @@ def install_quantizers(layer: QuantizedLayer, entry: SitePlan, bit_map: BitMap, 
     input_bits = bit_map.activation_bits[entry.site.name, entry.site.slots[0].name]
     if input_bits != FLOAT_BITS:
         spec = _input_spec(choices.activations, entry.budgeted and entry.site.has_samples_first)
-        channels = 1 if isinstance(layer, QuantizedConv2d) else -1
-        layer.input_quantizer = choices.activations.build(spec, input_bits, entry.split, channels)
+        layer.input_quantizer = choices.activations.build(spec, input_bits, entry.split, layer.channel_dim)
     layer.to(layer.weight.device)
 
 
-def install_attention_quantizers(
-    attention: QuantizedAttention, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices
+def _path_of(site: Site) -> str:
+    """The path of the module that a product of activations has become."""
+    return attention_path(site.name) if site.kind is SiteKind.ATTENTION else site.name
+
+
+def install_operand_quantizers(
+    product: QuantizedOperands, entry: SitePlan, bit_map: BitMap, choices: QuantizerChoices
 ) -> None:
-    """Give an attention quantizers without a range, by timestep where the recipe says so."""
+    """Give a product of activations quantizers without a range, by timestep where the recipe says so."""
     spec = _input_spec(choices.activations, entry.site.has_samples_first)
     for slot in entry.site.slots:
         bits = bit_map.activation_bits[entry.site.name, slot.name]
         if bits != FLOAT_BITS:
-            attention.quantizers[slot.name] = choices.activations.build(spec, bits)
+            product.quantizers[slot.name] = choices.activations.build(spec, bits)
 
 
 def _input_spec(choice: QuantizerChoice, may_depend_on_timestep: bool) -> QuantSpec:
@@ -195,9 +199,9 @@ def _input_spec(choice: QuantizerChoice, may_depend_on_timestep: bool) -> QuantS
 def restore(student: Student, bit_map: BitMap, choices: QuantizerChoices, state: Mapping[str, Tensor]) -> Student:
     """Fill a new student with quantizers of ``bit_map`` and the parameters ``state``."""
     device = next(student.network.parameters()).device
-    for entry, attention in zip(student.plan.attentions, student.attentions().values(), strict=True):
-        install_attention_quantizers(attention, entry, bit_map, choices)
-        attention.to(device)
+    for entry, product in zip(student.plan.products, student.products().values(), strict=True):
+        install_operand_quantizers(product, entry, bit_map, choices)
+        product.to(device)
     for entry in student.plan.layers:
         install_quantizers(student.layer(entry.site.name), entry, bit_map, choices)
     fill(student, state)

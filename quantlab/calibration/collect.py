@@ -14,7 +14,7 @@ from quantlab.contracts.model import CalibrationBatch, CalibrationSet, Inputs, R
 from quantlab.contracts.sampler import CalibrationPairs
 from quantlab.contracts.site import Site, SiteKind
 from quantlab.errors import NonFiniteError, QuantlabError
-from quantlab.quant.attention import QuantizedAttention, operands
+from quantlab.quant.operands import QuantizedOperands
 
 SeeInput = Callable[[str, Tensor], None]
 """Called with a site's name and its input, before the site computes."""
@@ -119,7 +119,8 @@ class SpilledInputs(Mapping[str, tuple[Tensor, ...]]):
 
             def keep(name: str, x: Tensor) -> None:
                 _require_finite(x, name)
-                rows_first = by_name[name].has_samples_first or by_name[name].kind is SiteKind.CONV
+                site = by_name[name]
+                rows_first = site.has_samples_first or site.kind in (SiteKind.CONV, SiteKind.CONV_TRANSPOSE)
                 self._spill.append((name, self._calls[name]), x if rows_first else x.reshape(-1, x.shape[-1]))
                 self._calls[name] += 1
 
@@ -149,25 +150,25 @@ def _require_reached(silent: Iterable[str]) -> None:
 
 
 Operands = Mapping[tuple[str, str], Tensor]
-"""The float tensors of attentions, by site and slot."""
+"""The float tensors of products of activations, by site and slot."""
 
 
 def collect_operands(
-    attentions: Mapping[str, QuantizedAttention], forward: Run, inputs: Inputs, streaming: Streaming | None = None
+    products: Mapping[str, QuantizedOperands], forward: Run, inputs: Inputs, streaming: Streaming | None = None
 ) -> Operands:
-    """The float tensor of every slot of every attention; nothing runs without attentions.
+    """The float tensor of every slot of every product of activations; nothing runs without one.
 
     Args:
-        attentions: by site.
+        products: by site, attentions included.
         forward: of the network that holds them.
         inputs: of the whole batch.
         streaming: parts of the batch and tensors on disk; None: one forward, in memory.
 
     Raises:
         NonFiniteError: one of them holds NaN or infinity.
-        QuantlabError: an attention was not reached.
+        QuantlabError: a product was not reached.
     """
-    if not attentions:
+    if not products:
         return {}
     device = next(iter(inputs.values())).device
     held: dict[tuple[str, str], Tensor] = {}
@@ -177,7 +178,7 @@ def collect_operands(
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def keep(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             reached.add(name)
-            for slot, x in operands(*arguments, **keywords).items():
+            for slot, x in products[name].operands(*arguments, **keywords).items():
                 if not torch.isfinite(x).all():
                     raise NonFiniteError("the tensor holds NaN or infinity", where=f"site {name}, {slot}")
                 if spill is None:
@@ -187,7 +188,7 @@ def collect_operands(
 
         return keep
 
-    handles = [each.register_forward_pre_hook(hook(name), with_kwargs=True) for name, each in attentions.items()]
+    handles = [each.register_forward_pre_hook(hook(name), with_kwargs=True) for name, each in products.items()]
     try:
         with torch.no_grad():
             for part in row_parts(inputs, None if streaming is None else streaming.rows):
@@ -195,7 +196,7 @@ def collect_operands(
     finally:
         for handle in handles:
             handle.remove()
-    for name in attentions:
+    for name in products:
         if name not in reached:
-            raise QuantlabError("an attention was never reached during calibration", where=f"site {name}")
+            raise QuantlabError("a product of activations was never reached during calibration", where=f"site {name}")
     return held if spill is None else spill

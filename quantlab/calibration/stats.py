@@ -16,6 +16,7 @@ from quantlab.contracts.quant import Observer
 from quantlab.contracts.scores import ScoreRequest
 from quantlab.errors import PluginError
 from quantlab.quant.functional import fake_quantize, per_channel, search_scale
+from quantlab.quant.operation import Weighted, channel_dim, compute, rows_of
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """A site's operation on an input and a weight."""
@@ -39,7 +40,8 @@ class SiteRecord:
 
     Attributes:
         weight: float32 [out, in / groups, *k], whatever the network computes in.
-        inputs: calibration inputs, float32 [B, in, ...] of a convolution, [B, ..., in] of a linear layer.
+        inputs: calibration inputs, float32 [B, in, ...] of a convolution, [B, ..., in] of a linear layer; indices of
+            an embedding.
         channel_dim: the input dimension that holds the channels.
         groups: of a convolution.
         compute: the operation.
@@ -56,18 +58,21 @@ class SiteRecord:
     smoothing: Tensor | None = None
 
     @classmethod
-    def of_layer(cls, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> SiteRecord:
-        """The record of a layer that saw ``inputs``."""
-        weight, inputs = layer.weight.detach().float(), tuple(x.float() for x in inputs)
-        bias = None if layer.bias is None else layer.bias.detach().float()
-        if isinstance(layer, nn.Linear):
-            return cls(weight, inputs, -1, 1, lambda x, w: F.linear(x, w, bias), _linear_patches)
-        conv = cast(nn.Conv2d, layer)
-
-        def compute(x: Tensor, w: Tensor) -> Tensor:
-            return conv._conv_forward(x, w, bias)
-
-        return cls(weight, inputs, 1, conv.groups, compute, lambda x: _conv_patches(conv, x))
+    def of_layer(cls, module: nn.Module, inputs: tuple[Tensor, ...]) -> SiteRecord:
+        """The record of a layer with a weight that saw ``inputs``."""
+        layer = cast(Weighted, module)
+        weight = rows_of(layer, layer.weight.detach()).float()
+        inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
+        own_bias = getattr(layer, "bias", None)
+        bias = None if own_bias is None else own_bias.detach().float()
+        return cls(
+            weight=weight,
+            inputs=inputs,
+            channel_dim=channel_dim(layer),
+            groups=getattr(layer, "groups", 1),
+            compute=lambda x, w: compute(layer, x, w, bias),
+            patches=lambda x: _patches(layer, weight, x),
+        )
 
     def weight_absmax(self) -> Tensor:
         """Largest magnitude of the weights that read each input channel [in]."""
@@ -104,8 +109,16 @@ class SiteRecord:
         return x.movedim(self.channel_dim, -1).flatten(0, -2)
 
 
-def _linear_patches(x: Tensor) -> Tensor:
-    return x.reshape(-1, 1, x.shape[-1])
+def _patches(layer: Weighted, weight: Tensor, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, 1, x.shape[-1])
+    if isinstance(layer, nn.Conv2d):
+        return _conv_patches(layer, x)
+    # What the identity in the place of the weight gives.
+    fan, groups = weight[0].numel(), getattr(layer, "groups", 1)
+    identity = torch.eye(fan, dtype=x.dtype, device=x.device).view(fan, *weight.shape[1:])
+    found = compute(layer, x, identity.repeat(groups, *(1,) * (weight.dim() - 1)), None)
+    return found.movedim(1, -1).reshape(-1, groups, fan)
 
 
 def _conv_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -85,6 +85,18 @@ class Attention(Strict):
     probability_bits: int = Field(default=8, ge=2, le=8, description="of the probabilities that the softmax gives")
 
 
+class Products(Strict):
+    """How the two operands of matrix products outside fused attention are quantized; the same for every method."""
+
+    bits: int = Field(default=8, ge=2, le=8, description="of both operands")
+
+
+class Embeddings(Strict):
+    """How the tables of embeddings are quantized, a scale for each row; the same for every method."""
+
+    bits: int = Field(default=8, ge=1, le=8, description="of every row")
+
+
 class Budget(Strict):
     """What the sites that may be allocated may cost; everything that is given must hold."""
 

@@ -10,9 +10,16 @@ class SiteKind(StrEnum):
     """The operation at a site."""
 
     CONV = "conv"
+    """A convolution in 1, 2 or 3 dimensions."""
+    CONV_TRANSPOSE = "conv_transpose"
+    """A transposed convolution in 1, 2 or 3 dimensions."""
     LINEAR = "linear"
+    EMBEDDING = "embedding"
+    """A table whose rows are looked up; it multiplies nothing and has no input that could be quantized."""
     MATMUL = "matmul"
+    """A matrix product of two activations outside fused attention."""
     ATTENTION = "attention"
+    """Fused attention: two products of activations."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Site:
     Attributes:
         name: the module's own path, "up_blocks.0.resnets.1.conv1"; recipe patterns match this.
         kind: what the operation is.
-        weight_shape: [out, in / groups, *kernel], or None for an operation without a weight.
+        weight_shape: [out, in / groups, *kernel] whatever layout torch has, [rows, values] of an embedding, or None for
+            an operation without a weight.
         macs: multiply-accumulates of one forward at batch 1, all calls together.
         slots: the quantizable inputs.
         tags: roles found from the graph: "first", "last", "time_embed", "modulation", "skip", "attention.query", ...

@@ -12,6 +12,7 @@ from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.functional import layer_call
 from quantlab.graph.roles import data_inputs, sample_input
 from quantlab.graph.subgraph import convex_hull
+from quantlab.quant.operation import Multiplying
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def layers_called(model: nn.Module, node: fx.Node) -> list[str]:
     if call is not None:
         return [call.path]
     inner = (path for path, *_ in node.meta.get("inner_calls", ()))
-    return [path for path in inner if isinstance(model.get_submodule(path), nn.Linear | nn.Conv2d)]
+    return [path for path in inner if isinstance(model.get_submodule(path), Multiplying)]
 
 
 def _innermost_element(site: str, sites: Sequence[str]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -11,14 +10,14 @@ from torch.nn import functional as F
 
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.functional import ATTENTION, layer_call
+from quantlab.graph.products import is_matmul
+from quantlab.quant.operation import channel_dim
 
 FIRST, LAST, TIME_EMBED, MODULATION, SKIP = "first", "last", "time_embed", "modulation", "skip"
 QUERY, KEY, VALUE, OUT = "attention.query", "attention.key", "attention.value", "attention.out"
 TAGS = (FIRST, LAST, TIME_EMBED, MODULATION, SKIP, QUERY, KEY, VALUE, OUT)
 _CONCAT = (torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default)
 _SOFTMAX = (F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
-_MATMUL = (torch.matmul, torch.bmm, torch.baddbmm, operator.matmul, torch.ops.aten.matmul.default)
-_MATMUL_METHODS = ("matmul", "bmm", "baddbmm", "__matmul__")
 
 
 def find_roles(model: nn.Module, captured: CapturedGraph, timestep: str | None) -> dict[str, frozenset[str]]:
@@ -187,7 +186,7 @@ class _RoleFinder:
     def _joins_channels(self, concat: fx.Node, layer: fx.Node) -> bool:
         rank, dim = len(concat.meta["shape"]), _dim_of(concat)
         call = layer_call(self.model, layer)
-        channels = 1 if call is not None and isinstance(call.layer, nn.Conv2d) else rank - 1
+        channels = channel_dim(call.layer) % rank if call is not None else rank - 1
         return dim % rank == channels and all(map(self._from_sample, data_inputs(concat)))
 
     def _attention(self) -> Iterator[tuple[str, str]]:
@@ -216,7 +215,7 @@ class _RoleFinder:
 
     @staticmethod
     def _is_matmul(node: fx.Node) -> bool:
-        return node.target in _MATMUL or (node.op == "call_method" and node.target in _MATMUL_METHODS)
+        return is_matmul(node)
 
     def _walk(
         self, node: fx.Node, step: Callable[[fx.Node], list[fx.Node]], found: Callable[[fx.Node], bool]

@@ -85,8 +85,8 @@ class SiteRecord(Strict):
     branch_rank: int = Field(default=0, ge=0)
 
 
-class AttentionRecord(Strict):
-    """An attention with quantized operands, by slot."""
+class OperandsRecord(Strict):
+    """A product of activations with quantized operands, by slot; by its site."""
 
     name: str
     slots: dict[str, TableRecord]
@@ -128,9 +128,10 @@ class Layout(Strict):
     """The order in which everything lies in the tensors of the file."""
 
     sites: tuple[SiteRecord, ...]
-    attentions: tuple[AttentionRecord, ...]
+    attentions: tuple[OperandsRecord, ...]
     floats: tuple[FloatRecord, ...]
     corrections: tuple[CorrectionRecord, ...]
+    products: tuple[OperandsRecord, ...] = ()
 
 
 class NetworkRecord(Strict):

@@ -19,6 +19,7 @@ from quantlab.graph.captured import CapturedGraph, OutputType
 from quantlab.graph.modules import first_tensor
 from quantlab.graph.run import runner
 from quantlab.packing.manifest import Manifest
+from quantlab.quant.operation import Weighted
 
 DENOISERS = ("unet", "transformer")
 """Where the pipelines of diffusers hold the network."""
@@ -113,8 +114,8 @@ def install(
 
 
 def _children(network: nn.Module) -> dict[str, str]:
-    """Paths of all linear layers and convolutions with their shapes."""
-    layers = ((name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    """Paths of all linear layers, convolutions and embeddings with their shapes."""
+    layers = ((name, module) for name, module in network.named_modules() if isinstance(module, Weighted))
     return {name: str(list(module.weight.shape)) for name, module in layers}
 
 

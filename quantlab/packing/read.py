@@ -13,12 +13,21 @@ from quantlab.contracts.correction import FittedCorrection
 from quantlab.contracts.sections import ScaleType
 from quantlab.errors import ArtefactError
 from quantlab.graph.passes.insert_quantizers import quantize_at
-from quantlab.graph.passes.replace_attention import CHILD
+from quantlab.graph.passes.replace_attention import attention_path
 from quantlab.graph.serialize import from_json
 from quantlab.packing.bitpack import WIDTH_BITS, channels_size, packed_size, unpack_widths
 from quantlab.packing.blobs import BlobReader
 from quantlab.packing.file import PackedFile, read_packed
-from quantlab.packing.manifest import CorrectionRecord, FloatRecord, Layout, SiteRecord, WeightRecord, dtype_of
+from quantlab.packing.manifest import (
+    CorrectionRecord,
+    FloatRecord,
+    Layout,
+    Manifest,
+    OperandsRecord,
+    SiteRecord,
+    WeightRecord,
+    dtype_of,
+)
 from quantlab.packing.model import PackedModel
 from quantlab.packing.network import build_network
 from quantlab.packing.stored import PackedWeight
@@ -26,7 +35,9 @@ from quantlab.packing.tables import WEIGHT_SCALES, read_table, read_timesteps, r
 from quantlab.packing.trust import require_harmless
 from quantlab.plugins import Kind, Registry, load_registry
 from quantlab.quant.attention import QuantizedAttention
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.layers import QuantizedLayer
+from quantlab.quant.operands import QuantizedOperands, QuantizedProduct
+from quantlab.quant.operation import Weighted
 
 
 def load_packed(
@@ -72,10 +83,9 @@ def _load(
     for site in layout.sites:
         weight_bits[site.name] = _read_site(blobs, network, site, manifest.scales, keep_packed)
     for record in layout.attentions:
-        attention = QuantizedAttention()
-        for slot, table in record.slots.items():
-            attention.quantizers[slot] = read_table(blobs, table, manifest.scales)
-        network.get_submodule(record.name).add_module(CHILD, attention)
+        _put_product(network, attention_path(record.name), _read_product(blobs, record, manifest, QuantizedAttention()))
+    for record in layout.products:
+        _put_product(network, record.name, _read_product(blobs, record, manifest, QuantizedProduct()))
     for record in layout.floats:
         _put_float(network, record, _read_float(blobs, record))
     corrections = tuple(_read_correction(blobs, record, registry) for record in layout.corrections)
@@ -83,6 +93,19 @@ def _load(
     nn.Module.to(network, device=torch.device(device)).requires_grad_(False)
     bits = BitMap(weight_bits, dict(_activation_bits(layout)))
     return PackedModel(network, from_json(file.graph), manifest, bits, corrections)
+
+
+def _read_product(
+    blobs: BlobReader, record: OperandsRecord, manifest: Manifest, product: QuantizedOperands
+) -> QuantizedOperands:
+    for slot, table in record.slots.items():
+        product.quantizers[slot] = read_table(blobs, table, manifest.scales)
+    return product
+
+
+def _put_product(network: nn.Module, path: str, product: QuantizedOperands) -> None:
+    parent, _, name = path.rpartition(".")
+    network.get_submodule(parent).add_module(name, product)
 
 
 def _require_names(network: nn.Module, layout: Layout) -> None:
@@ -108,34 +131,34 @@ def _require_names(network: nn.Module, layout: Layout) -> None:
 def _read_site(blobs: BlobReader, network: nn.Module, site: SiteRecord, scales: ScaleType, keep: bool) -> Tensor:
     """Make one layer quantized, and fill it; returns its bits [out]."""
     found = network.get_submodule(site.name)
-    if not isinstance(found, nn.Linear | nn.Conv2d):
-        raise ArtefactError("only linear layers and convolutions are packed", where=site.name, got=type(found).__name__)
+    if not isinstance(found, Weighted):
+        raise ArtefactError(
+            "only linear layers, convolutions and embeddings are packed", where=site.name, got=type(found).__name__
+        )
     quantize_at(network, site.name)
     layer = network.get_submodule(site.name)
-    assert isinstance(layer, QuantizedLinear | QuantizedConv2d)
+    assert isinstance(layer, QuantizedLayer)
     stored = _read_weight(blobs, site.name, layer, site.weight, scales) if site.weight is not None else None
     if site.smoothing:
-        channels = layer.in_channels if isinstance(layer, QuantizedConv2d) else layer.in_features
-        layer.smoothing = blobs.take("smoothing", channels, torch.float32).to(layer.weight.dtype, copy=True)
+        layer.smoothing = blobs.take("smoothing", layer.input_channels, torch.float32).to(layer.weight.dtype, copy=True)
     if site.branch_rank:
         layer.add_branch(site.branch_rank)
         assert layer.branch is not None
         for factor in (layer.branch.A, layer.branch.B):
             factor.data = blobs.take("branches", factor.numel(), torch.float16).view(factor.shape).to(factor)
     if site.input is not None:
-        channels_dim = 1 if isinstance(layer, QuantizedConv2d) else -1
-        layer.input_quantizer = read_table(blobs, site.input, scales, channels_dim)
+        layer.input_quantizer = read_table(blobs, site.input, scales, layer.channel_dim)
     if stored is None:
-        return torch.full((layer.weight.shape[0],), FLOAT_BITS, dtype=torch.int8)
+        return torch.full((layer.weight_shape[0],), FLOAT_BITS, dtype=torch.int8)
     _put_weight(layer, stored, keep)
     layer.weight_quantizer = weight_quantizer(stored.qparams(), stored.bits, scales)
     return stored.bits
 
 
 def _read_weight(
-    blobs: BlobReader, name: str, layer: QuantizedLinear | QuantizedConv2d, record: WeightRecord, scales: ScaleType
+    blobs: BlobReader, name: str, layer: QuantizedLayer, record: WeightRecord, scales: ScaleType
 ) -> PackedWeight:
-    shape = layer.weight.shape
+    shape = layer.weight_shape
     if record.bits is None:
         packed = blobs.take("widths", packed_size(shape[0], WIDTH_BITS), torch.uint8)
         bits = unpack_widths(packed, shape[0])
@@ -151,19 +174,16 @@ def _read_weight(
     return PackedWeight(codes, bits, scale, zero_point, shape, layer.weight.dtype, record.split)
 
 
-def _put_weight(layer: QuantizedLinear | QuantizedConv2d, stored: PackedWeight, keep: bool) -> None:
+def _put_weight(layer: QuantizedLayer, stored: PackedWeight, keep: bool) -> None:
     if keep:
         layer.stored = stored
         # The shape and type of the weight without its memory; NaN, so that no one takes it for the weight.
         nothing = torch.full((1,) * layer.weight.dim(), torch.nan, dtype=stored.dtype, device=layer.weight.device)
-        layer.weight = nn.Parameter(nothing.expand(stored.shape), requires_grad=False)
+        layer.weight = nn.Parameter(nothing.expand(layer.weight.shape), requires_grad=False)
         return
     weight = stored()
-    if layer.smoothing is None:
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-    else:
-        layer.weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)
-        layer.set_float_weight(weight)
+    layer.weight = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)
+    layer.set_float_weight(weight)
     layer.use_weight(weight)
 
 
@@ -191,6 +211,6 @@ def _read_correction(blobs: BlobReader, record: CorrectionRecord, registry: Regi
 def _activation_bits(layout: Layout) -> Iterator[tuple[tuple[str, str], int]]:
     for site in layout.sites:
         yield (site.name, "input"), site.input.bits if site.input is not None else FLOAT_BITS
-    for attention in layout.attentions:
-        for slot, table in attention.slots.items():
-            yield (attention.name, slot), table.bits
+    for product in (*layout.attentions, *layout.products):
+        for slot, table in product.slots.items():
+            yield (product.name, slot), table.bits

@@ -18,11 +18,11 @@ from quantlab.packing.bitpack import MAX_WIDTH, pack_channels, pack_widths
 from quantlab.packing.blobs import BlobWriter
 from quantlab.packing.file import PackedFile
 from quantlab.packing.manifest import (
-    AttentionRecord,
     CorrectionRecord,
     FloatRecord,
     Layout,
     Manifest,
+    OperandsRecord,
     Origin,
     SiteRecord,
     WeightRecord,
@@ -42,9 +42,8 @@ from quantlab.packing.tables import (
 from quantlab.packing.trust import require_harmless
 from quantlab.quant.accounting import FloatModel
 from quantlab.quant.attention import QuantizedAttention
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
-
-Layer = QuantizedLinear | QuantizedConv2d
+from quantlab.quant.layers import QuantizedLayer
+from quantlab.quant.operands import QuantizedOperands, QuantizedProduct
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Finished:
         network: holds the layers and attentions at their paths.
         graph: its rewritten forward.
         layers: quantized layers by path, adapters merged.
-        attentions: attentions with quantized operands, by site.
+        products: attentions and other products of activations with quantized operands, by site.
         float_model: what the float network stored.
         timestep_input: the keyword that carries the timestep.
         corrections: of the sampler, with the choices that they were built from.
@@ -65,8 +64,8 @@ class Finished:
 
     network: nn.Module
     graph: CapturedGraph
-    layers: Mapping[str, Layer]
-    attentions: Mapping[str, QuantizedAttention]
+    layers: Mapping[str, QuantizedLayer]
+    products: Mapping[str, QuantizedOperands]
     float_model: FloatModel
     timestep_input: str | None
     corrections: Sequence[tuple[Choice, FittedCorrection]] = ()
@@ -84,7 +83,8 @@ def pack(model: Finished) -> PackedFile:
     blobs = BlobWriter()
     layout = Layout(
         sites=tuple(_write_site(blobs, name, layer, model.scales) for name, layer in model.layers.items()),
-        attentions=tuple(_write_attention(blobs, *item, model.scales) for item in model.attentions.items()),
+        attentions=_write_products(blobs, model, QuantizedAttention),
+        products=_write_products(blobs, model, QuantizedProduct),
         floats=tuple(_write_floats(blobs, model)),
         corrections=tuple(_write_correction(blobs, *pair) for pair in model.corrections),
     )
@@ -105,7 +105,7 @@ def pack(model: Finished) -> PackedFile:
     return PackedFile(manifest, layout, graph, blobs.finish())
 
 
-def _write_site(blobs: BlobWriter, name: str, layer: Layer, scales: ScaleType) -> SiteRecord:
+def _write_site(blobs: BlobWriter, name: str, layer: QuantizedLayer, scales: ScaleType) -> SiteRecord:
     if layer.adapter is not None:
         raise PackError("the layer has an adapter that is not merged", where=name, next_step="finalize it before")
     weight = _write_weight(blobs, name, layer, scales) if layer.weight_quantizer is not None else None
@@ -125,10 +125,10 @@ def _write_site(blobs: BlobWriter, name: str, layer: Layer, scales: ScaleType) -
     )
 
 
-def _write_weight(blobs: BlobWriter, name: str, layer: Layer, scales: ScaleType) -> WeightRecord:
+def _write_weight(blobs: BlobWriter, name: str, layer: QuantizedLayer, scales: ScaleType) -> WeightRecord:
     assert layer.weight_quantizer is not None
     parameters = require_stored(layer.weight_quantizer, name)
-    bits = bits_of(parameters).expand(layer.weight.shape[0]).cpu()
+    bits = bits_of(parameters).expand(layer.weight_shape[0]).cpu()
     if int(bits.max()) > MAX_WIDTH or parameters.axis != 0:
         raise PackError(
             "only weights with a scale for each output channel and at most 8 bits are packed",
@@ -154,10 +154,15 @@ def _write_weight(blobs: BlobWriter, name: str, layer: Layer, scales: ScaleType)
     )
 
 
-def _write_attention(blobs: BlobWriter, name: str, attention: QuantizedAttention, scales: ScaleType) -> AttentionRecord:
-    quantizers = attention.quantizers.items()
-    slots = {slot: write_table(blobs, quantizer, scales, name) for slot, quantizer in quantizers}  # type: ignore[arg-type]
-    return AttentionRecord(name=name, slots=slots)
+def _write_products(blobs: BlobWriter, model: Finished, kind: type[QuantizedOperands]) -> tuple[OperandsRecord, ...]:
+    """The products of activations of one kind."""
+
+    def record(name: str, product: QuantizedOperands) -> OperandsRecord:
+        quantizers = product.quantizers.items()
+        slots = {slot: write_table(blobs, quantizer, model.scales, name) for slot, quantizer in quantizers}  # type: ignore[arg-type]
+        return OperandsRecord(name=name, slots=slots)
+
+    return tuple(record(*item) for item in model.products.items() if isinstance(item[1], kind))
 
 
 def _write_floats(blobs: BlobWriter, model: Finished) -> Iterator[FloatRecord]:

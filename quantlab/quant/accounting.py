@@ -154,6 +154,7 @@ class Accounting:
         activation_memory_bytes: of the inputs of all quantized sites at batch 1, each at its own bits and rounded up to
             whole bytes; an input that several sites read counts for each, since each quantizes it for itself.
         correction_bytes: what corrections of the sampler store.
+        other_macs: multiply-accumulates outside every site, which stay float; no bit operations are counted for them.
     """
 
     weight_bytes: int
@@ -171,6 +172,7 @@ class Accounting:
     bit_operations: int
     activation_memory_bytes: int
     correction_bytes: int = 0
+    other_macs: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -190,8 +192,9 @@ class Accounting:
 
     @property
     def coverage(self) -> float:
-        """Share of the multiply-accumulates that are quantized."""
-        return self.quantized_macs / self.macs if self.macs else 0.0
+        """Share of all multiply-accumulates that are quantized, those outside every site included."""
+        total = self.macs + self.other_macs
+        return self.quantized_macs / total if total else 0.0
 
 
 def account(sites: Sequence[SiteCost], float_model: FloatModel) -> Accounting:

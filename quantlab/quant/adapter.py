@@ -51,4 +51,5 @@ class LowRankAdapter(nn.Module):
         """The change of the weight, in the weight's shape."""
         if self.B.dim() == 2 or self.B[0, 0].numel() == 1:
             return (self.B.flatten(1) @ self.A.flatten(1)).view(self.B.shape[0], *self.A.shape[1:])
-        return torch.einsum("orhw,rihw->oihw", self.B, self.A)
+        taps = "hwd"[: self.B.dim() - 2]
+        return torch.einsum(f"or{taps},ri{taps}->oi{taps}", self.B, self.A)

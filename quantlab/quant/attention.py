@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from quantlab.contracts.quantizer import Quantizer
-from quantlab.contracts.sections import Pack
+from quantlab.quant.operands import QuantizedOperands
 
 QUERY, KEY, VALUE, PROBABILITIES = "query", "key", "value", "probabilities"
 
 
-class QuantizedAttention(nn.Module):
+class QuantizedAttention(QuantizedOperands):
     """Scaled dot-product attention, written out where something of it is quantized and fused otherwise.
 
-    Attributes:
-        quantizers: by slot, "query", "key", "value" and "probabilities"; a slot without one stays float.
+    Its slots are "query", "key", "value" and "probabilities".
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.quantizers = nn.ModuleDict()
 
     def forward(
         self,
@@ -47,41 +40,28 @@ class QuantizedAttention(nn.Module):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        query, key = self._quantized(QUERY, query, timestep), self._quantized(KEY, key, timestep)
-        value = self._quantized(VALUE, value, timestep)
+        query, key = self.quantized(QUERY, query, timestep), self.quantized(KEY, key, timestep)
+        value = self.quantized(VALUE, value, timestep)
         found = probabilities(query, key, attn_mask, is_causal, scale, enable_gqa)
-        found = self._quantized(PROBABILITIES, found, timestep)
+        found = self.quantized(PROBABILITIES, found, timestep)
         return F.dropout(found, dropout_p) @ _for_every_head(value, query, enable_gqa)
 
-    def round_parameters(self) -> None:
-        """Put parameters that the quantizers round at their rounded values."""
-        for quantizer in self.quantizers.values():
-            cast(Quantizer, quantizer).round_parameters()
-
-    def store_as(self, settings: Pack) -> None:
-        """Put the parameters of every quantizer at values that a file holds."""
-        for quantizer in self.quantizers.values():
-            cast(Quantizer, quantizer).store_as(settings)
-
-    def _quantized(self, slot: str, x: Tensor, timestep: Tensor | None) -> Tensor:
-        return self.quantizers[slot](x, timestep) if slot in self.quantizers else x
-
-
-def operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    timestep: Tensor | None = None,
-) -> Mapping[str, Tensor]:
-    """The float tensor of every slot, from the arguments of an attention."""
-    found = probabilities(query, key, attn_mask, is_causal, scale, enable_gqa)
-    return {QUERY: query, KEY: key, VALUE: value, PROBABILITIES: found}
+    def operands(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        timestep: Tensor | None = None,
+    ) -> Mapping[str, Tensor]:
+        """The float tensor of every slot, from the arguments of an attention."""
+        found = probabilities(query, key, attn_mask, is_causal, scale, enable_gqa)
+        return {QUERY: query, KEY: key, VALUE: value, PROBABILITIES: found}
 
 
 def probabilities(

@@ -98,6 +98,17 @@ def check_model(recipe: Recipe, root: Node, registry: Registry) -> None:
         )
 
 
+def check_corrections(recipe: Recipe, root: Node) -> None:
+    """Raise RecipeError for corrections of a sampler that they do not fit."""
+    if recipe.corrections and recipe.sampling.scheduler == "flow-euler":
+        raise RecipeError(
+            "corrections of the sampler are about predicted noise, and along a flow the network predicts velocities",
+            where=root.reach(("corrections",))[0].origin,
+            got=", ".join(choice.name for choice in recipe.corrections),
+            next_step="leave corrections out (corrections: []), or choose a method without them",
+        )
+
+
 def _recipe_error(
     model: type[BaseModel],
     root: Node,

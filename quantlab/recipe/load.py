@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quantlab.errors import RecipeError, nearest
 from quantlab.plugins import Registry, load_registry
-from quantlab.recipe.check import check, check_model, check_plugins, short_form
+from quantlab.recipe.check import check, check_corrections, check_model, check_plugins, short_form
 from quantlab.recipe.expected import check_expected
 from quantlab.recipe.find import find_recipe, recipe_name
 from quantlab.recipe.layers import KeyPath, Node, merge, node_of, parse_yaml, read_yaml, replace, without
@@ -190,6 +190,7 @@ def _resolve(layers: Layers, registry: Registry) -> tuple[Recipe, Node]:
             got=recipe.seed,
             next_step="choose another seed, or another evaluate.noise_seed",
         )
+    check_corrections(recipe, root)
     check_model(recipe, root, registry)
     check_expected(recipe, root, registry)
     return recipe, root

@@ -15,11 +15,13 @@ from quantlab.contracts.sections import (
     Budget,
     Calibrate,
     Choice,
+    Embeddings,
     Evaluate,
     InputsFrom,
     Keep,
     Model,
     Pack,
+    Products,
     Sampling,
     Tune,
     Weights,
@@ -44,6 +46,13 @@ class Recipe(Strict):
         "none: what the model's source says, {} for no site",
     )
     attention: Attention | None = Field(default=None, description="bits of attention's products; none: they stay float")
+    products: Products | None = Field(
+        default=None,
+        description="bits of matrix products of activations outside fused attention; none: they stay float",
+    )
+    embeddings: Embeddings | None = Field(
+        default=None, description="bits of the tables of embeddings; none: they stay float"
+    )
     sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()
     passes: tuple[Choice, ...] = ()

@@ -20,7 +20,7 @@ class KindLine:
         count: how many there are.
         macs: multiply-accumulates of one forward at batch 1.
         covered: they can be quantized by every method.
-        reason: why they stay float otherwise.
+        reason: why they stay float otherwise, and where operations that are no sites are.
     """
 
     kind: str
@@ -108,7 +108,7 @@ class Diagnosis:
         if self.protected:
             rules = Table("outside the budget", "bits", "number", "sites", box=None, pad_edge=False)
             for rule in self.protected:
-                rules.add_row(rule.rule, rule.bits, str(len(rule.sites)), _shortened(rule.sites))
+                rules.add_row(rule.rule, rule.bits, str(len(rule.sites)), shortened(rule.sites))
             out.print(rules)
         out.print(
             f"inputs at batch 1: {', '.join(f'{name} {list(shape)}' for name, shape in self.inputs.items())}",
@@ -124,5 +124,6 @@ class Diagnosis:
         return str(out.file.getvalue()).rstrip()  # type: ignore[attr-defined]
 
 
-def _shortened(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
+    """The first three names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

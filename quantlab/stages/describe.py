@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from quantlab.allocation.plan import Plan
 from quantlab.contracts.allocation import FLOAT_BITS
 from quantlab.contracts.model import GenerativeTask, Task
+from quantlab.graph.uncovered import by_reason
 from quantlab.quant.accounting import Accounting, FloatModel
 from quantlab.recipe.explain import resolved_yaml
 from quantlab.recipe.load import LoadedRecipe
@@ -59,7 +60,17 @@ def coverage_text(plan: Plan, cost: Accounting) -> str:
     left = "; ".join(f"{len(names)} {reason} ({_shortened(names)})" for reason, names in reasons.items())
     quantized = len(plan.quantized)
     text = f"{cost.coverage:.1%} of the multiply-accumulates at {quantized} of {len(plan.sites)} sites are quantized"
-    return f"{text}; float: {left}" if left else text
+    text = f"{text}; float: {left}" if left else text
+    outside = "; ".join(_outside(plan, cost.macs + cost.other_macs))
+    return f"{text}; outside every site: {outside}" if outside else text
+
+
+def _outside(plan: Plan, macs: int) -> Iterator[str]:
+    """What is multiplied without a site, alike operations together, with its share of all multiply-accumulates."""
+    for (operation, reason), found in by_reason(plan.uncovered).items():
+        share = sum(entry.macs for entry in found) / macs
+        names = _shortened(list(dict.fromkeys(entry.where or "the model's own forward" for entry in found)))
+        yield f"{len(found)} {operation} with {share:.1%}, {reason} ({names})"
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -80,7 +80,7 @@ def pack_student(
             network=student.network,
             graph=student.graph,
             layers=student.layers(),
-            attentions=student.attentions(),
+            products=student.products(),
             float_model=student.float_model,
             timestep_input=task.timestep_input,
             corrections=tuple(zip(recipe.corrections, corrections, strict=True)),

@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from quantlab.allocation.plan import Plan, SitePlan, make_plan
+from quantlab.allocation.plan import Plan, SitePlan, make_plan, planned_sites
 from quantlab.allocation.student import tapped_run
 from quantlab.calibration.recording import load_recording, provenance, record
 from quantlab.calibration.tensor_file import bytes_of
@@ -26,6 +26,7 @@ from quantlab.graph.inputs import nested
 from quantlab.graph.roles import TAGS
 from quantlab.graph.serialize import from_json, to_json
 from quantlab.graph.sites import find_sites
+from quantlab.graph.uncovered import Uncovered, find_uncovered
 from quantlab.graph.verify import capture_verified
 from quantlab.matching import match_sites
 from quantlab.recipe.schema import Recipe
@@ -42,12 +43,13 @@ _SITES = TypeAdapter(tuple[Site, ...])
 
 @dataclass(frozen=True)
 class Captured:
-    """A task with its graph and sites."""
+    """A task with its graph and sites, and with the multiply-accumulates that no site stands for."""
 
     task: Task
     graph: CapturedGraph
     sites: tuple[Site, ...]
     stage: StageFolder
+    uncovered: tuple[Uncovered, ...] = ()
 
 
 def fingerprint(task: Task) -> str:
@@ -82,7 +84,8 @@ def capture(context: RunContext, task: Task) -> Captured:
     context.console.detail(f"captured by {graph.method}, {len(graph.guards)} conditions on sizes")
     for note in graph.notes:
         context.console.info(f"capture: {note}")
-    return Captured(task, graph, find_sites(task.network, graph), stage)
+    uncovered = tuple(find_uncovered(task.network, graph))
+    return Captured(task, graph, find_sites(task.network, graph), stage, uncovered)
 
 
 def weightless(task: Task) -> bool:
@@ -110,7 +113,11 @@ def capture_sites(task: Task) -> tuple[CapturedGraph, tuple[Site, ...]]:
 
 
 def plan(
-    sites: Sequence[Site], recipe: Recipe, origin: Mapping[str, str], protect: Mapping[str, int] | None = None
+    sites: Sequence[Site],
+    recipe: Recipe,
+    origin: Mapping[str, str],
+    protect: Mapping[str, int] | None = None,
+    uncovered: Sequence[Uncovered] = (),
 ) -> Plan:
     """Nominal bits of every site: those of its ``keep`` rule, else of its protected tags, else of the budget.
 
@@ -119,6 +126,7 @@ def plan(
         recipe: with the rules and the budget.
         origin: dotted key of the recipe -> file and line, for messages.
         protect: bits by tag of the model's family, where the recipe has none of its own.
+        uncovered: multiply-accumulates that no site stands for.
 
     Raises:
         RecipeError: a pattern matches nothing, or there is no such tag.
@@ -133,9 +141,19 @@ def plan(
                 next_step=nearest(tag, TAGS),
             )
     bits = protected_sites(sites, (protect or {}) if recipe.protect is None else recipe.protect)
-    rules = match_sites(recipe.keep, [site.name for site in sites], origin=origin)
+    planned = planned_sites(sites, recipe.products, recipe.embeddings)
+    rules = match_sites(recipe.keep, [site.name for site in planned], origin=origin)
     bits |= {name: FLOAT_BITS if rule.bits == "float" else rule.bits for name, rule in rules.items()}
-    return make_plan(sites, bits, recipe.budget, split_skip=recipe.split_skip, attention=recipe.attention)
+    return make_plan(
+        sites,
+        bits,
+        recipe.budget,
+        split_skip=recipe.split_skip,
+        attention=recipe.attention,
+        products=recipe.products,
+        embeddings=recipe.embeddings,
+        uncovered=uncovered,
+    )
 
 
 def encode(context: RunContext, task: Task) -> None:

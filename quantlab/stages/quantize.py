@@ -292,10 +292,10 @@ def finalize(context: RunContext, tuned: Quantized, arm: str, pack: Pack = AS_IT
 
 
 def finalize_student(student: Student, pack: Pack) -> dict[str, float]:
-    """Finalize layers and attentions in place; returns what it changed, by layer."""
-    for attention in student.attentions().values():
-        attention.round_parameters()
-        attention.store_as(pack)
+    """Finalize layers and products of activations in place; returns what it changed, by layer."""
+    for product in student.products().values():
+        product.round_parameters()
+        product.store_as(pack)
     return finalize_layers(student.layers(), pack)
 
 

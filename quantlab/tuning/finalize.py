@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from quantlab.contracts.sections import AS_IT_IS, Pack
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.layers import QuantizedLayer
 
 
-def finalize(layers: Mapping[str, QuantizedConv2d | QuantizedLinear], pack: Pack = AS_IT_IS) -> dict[str, float]:
+def finalize(layers: Mapping[str, QuantizedLayer], pack: Pack = AS_IT_IS) -> dict[str, float]:
     """Merge adapters, round the zero points that quantizers round anyway and the branches to float16, in place.
 
     Args:

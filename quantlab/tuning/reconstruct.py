@@ -23,13 +23,12 @@ from quantlab.contracts.config import Strict
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.tuning import TuneJob, Tuner, TuneResult
 from quantlab.errors import QuantlabError
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.layers import QuantizedLayer
 from quantlab.tuning.block_data import BlockData
 from quantlab.tuning.checkpoint import restore_layers, save_layers
 from quantlab.tuning.finite import blame_non_finite, require_finite_gradients
 from quantlab.tuning.rounding import DroppedQuantizer, SoftRounding, beta_at, rounding_regulariser
 
-Layer = QuantizedLinear | QuantizedConv2d
 NEXT_STEP = "lower the tuner's learning_rate or activation_learning_rate, or raise the bits of the block's sites"
 
 
@@ -94,7 +93,7 @@ class ReconstructTuner(Tuner):
         afterwards = job.settings.steps(config.activation_share) if config.activations is Activations.AFTER else 0
         if iterations + afterwards == 0:
             return TuneResult({})
-        layers = cast(Mapping[str, Layer], job.layers)
+        layers = cast(Mapping[str, QuantizedLayer], job.layers)
         _require_grids(layers)
         blocks = job.cut(Partition(config.grouping, config.temporal_first, inner_outputs=config.inner_weight > 0))
         history = restore_layers(job, [block.name for block in blocks])
@@ -129,7 +128,7 @@ class _Reconstruction:
 
     def __init__(self, config: ReconstructConfig, job: TuneJob, block: Block, index: int, step: _Progress) -> None:
         self.config, self.job, self.block, self.step = config, job, block, step
-        self.layers = {site: cast(Layer, job.layers[site]) for site in block.sites}
+        self.layers = {site: cast(QuantizedLayer, job.layers[site]) for site in block.sites}
         self.rng = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
         self.data = BlockData.record(block, job.batch, with_float_inputs=config.float_inputs > 0)
         self.batch = job.settings.batch if config.batch is None else config.batch
@@ -236,7 +235,7 @@ def _cosine(done: float) -> float:
 
 
 @contextmanager
-def _soft(layers: Mapping[str, Layer], drop: float, rng: torch.Generator) -> Iterator[dict[str, SoftRounding]]:
+def _soft(layers: Mapping[str, QuantizedLayer], drop: float, rng: torch.Generator) -> Iterator[dict[str, SoftRounding]]:
     """Soft weights, and activations that are dropped at random, in the places of the quantizers; undone at the end."""
     before = {site: (layer.weight_quantizer, layer.input_quantizer) for site, layer in layers.items()}
     found: dict[str, SoftRounding] = {}
@@ -266,7 +265,7 @@ def _trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = None
 
 
-def _require_grids(layers: Mapping[str, Layer]) -> None:
+def _require_grids(layers: Mapping[str, QuantizedLayer]) -> None:
     for site, layer in layers.items():
         if layer.weight_quantizer is not None and layer.weight_quantizer.qparams() is None:
             raise QuantlabError(

@@ -86,7 +86,7 @@ def test_a_plan_needs_no_weights_and_has_the_published_layers(name: str, sites: 
     loaded = load_recipe(f"paper/{name}")
     found = prepare.capture_sites(load_task(loaded, "cpu", "float32"))[1]
     plan = prepare.plan(found, loaded.recipe, loaded.origin)
-    assert len(plan.layers) == sites and not plan.attentions
+    assert len(plan.layers) == sites and not plan.products
     assert sum(entry.weight_bits == 8 for entry in plan.layers) == 4
     assert sum(site.weight_count for site in plan.budgeted) / 1e6 == pytest.approx(low_bit_weights, abs=0.005)
     left = [entry for entry in plan.sites if entry.weight_bits == FLOAT_BITS and entry.site.kind is SiteKind.CONV]

@@ -6,10 +6,13 @@ import json
 
 import pytest
 from diffusers_models import save_dit
+from torch import Tensor
+from torch.nn import functional as F
+from toys import Kinds, ToyTask
 from typer.testing import CliRunner
 
 from quantlab.cli import app
-from quantlab.doctor import LowCoverage, diagnose, require_coverage
+from quantlab.doctor import LowCoverage, diagnose, diagnose_task, named_model, require_coverage
 from quantlab.errors import RecipeError
 from quantlab.plugins import load_registry
 
@@ -27,7 +30,9 @@ def diagnosis(dit):
 def test_sites_coverage_and_limits(diagnosis):
     assert diagnosis.network == "DiTTransformer2DModel" and diagnosis.method == "value trace"
     kinds = {line.kind: line for line in diagnosis.kinds}
-    assert {kind: line.count for kind, line in kinds.items()} == {"conv": 1, "linear": 20, "attention": 2}
+    assert {kind: line.count for kind, line in kinds.items()} == {
+        "conv": 1, "linear": 20, "embedding": 2, "attention": 2,
+    }  # fmt: skip
     assert kinds["attention"].macs == 2 * 2 * 16 * 16 * 32  # two blocks, two products of 16 tokens by 32 channels
     assert diagnosis.coverage == pytest.approx(1 - kinds["attention"].macs / diagnosis.macs)
     assert any("hidden_states.shape[2]" in guard for guard in diagnosis.guards)
@@ -67,6 +72,29 @@ def test_too_little_coverage_has_an_exit_code_of_its_own(dit, diagnosis):
     with pytest.raises(LowCoverage, match="too little"):
         require_coverage(diagnosis, 0.99)
     require_coverage(diagnosis, 0.9)
+
+
+class Mixing(Kinds):
+    """Mixes channels by a weight that is normalized first."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        weight = F.normalize(self.mix.weight)
+        return super().forward(F.linear(F.pad(sample, (0, 6)), weight)[..., :6], timestep)
+
+
+def test_what_stays_float_is_named_with_its_reason():
+    task = ToyTask(Mixing().eval().requires_grad_(False))
+    found = diagnose_task("toy", task, named_model("builtin", "digits", load_registry()))
+    kinds = {line.kind: line for line in found.kinds}
+    assert (kinds["conv"].count, kinds["conv_transpose"].count, kinds["matmul"].count) == (6, 3, 2)
+    assert kinds["matmul"].reason == "with the key products; float otherwise" and not kinds["matmul"].covered
+    assert kinds["embedding"].macs == 0 and "embeddings" in kinds["embedding"].reason
+    # Rows of 12 values by a weight [12, 12].
+    name = next(name for name in kinds if name.startswith("linear") and not kinds[name].covered)
+    assert kinds[name].macs == 6 * 12 * 12 and kinds[name].reason == "no site: its weight is computed in the forward"
+    left = kinds["matmul"].macs + kinds[name].macs
+    assert found.coverage == pytest.approx(1 - left / found.macs)
+    assert "its weight is computed" in found.to_text(120)
 
 
 def test_the_text_fits_a_terminal(diagnosis):

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantlab import QParams, QuantizedConv2d, QuantizedLinear, Quantizer, RecipeError, parts_of
-
-Layer = QuantizedLinear | QuantizedConv2d
+from quantlab import QParams, QuantizedLayer, Quantizer, RecipeError, parts_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class LearnedScale:
         return self.parameter.register_hook(lambda gradient: gradient * self.factor)
 
 
-def learned_scales(layers: Mapping[str, Layer], examples: Mapping[str, Tensor]) -> list[LearnedScale]:
+def learned_scales(layers: Mapping[str, QuantizedLayer], examples: Mapping[str, Tensor]) -> list[LearnedScale]:
     """The scales of both tensors of every layer.
 
     Qp is the number of levels above 0, quant_max - zero_point, at least 1: 2^(b - 1) - 1 for the paper's signed tensors
@@ -63,7 +61,7 @@ def learned_scales(layers: Mapping[str, Layer], examples: Mapping[str, Tensor]) 
     return found
 
 
-def start_at_mean_magnitude(name: str, layer: Layer) -> None:
+def start_at_mean_magnitude(name: str, layer: QuantizedLayer) -> None:
     """Put the scales of the weight of a site at 2 mean |w| / sqrt(Qp) and its codes around 0, in place.
 
     A channel of b bits has its zero point at 2^(b - 1), so that its levels are -2^(b - 1), ..., Qp = 2^(b - 1) - 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantlab import (
+    QuantizedLayer,
     Strict,
     TrainingBatch,
     TuneJob,
@@ -27,7 +28,7 @@ from quantlab import (
     save_training,
     visit_layers,
 )
-from quantlab_lsq.scales import Layer, learned_scales, start_at_mean_magnitude
+from quantlab_lsq.scales import learned_scales, start_at_mean_magnitude
 
 SAVE_EVERY = 50
 """Iterations between two checkpoints."""
@@ -73,7 +74,7 @@ class LsqTuner(Tuner):
         total = job.settings.iterations
         if total == 0:
             return TuneResult({"total": ()})
-        layers = cast(Mapping[str, Layer], job.layers)
+        layers = cast(Mapping[str, QuantizedLayer], job.layers)
         examples = _examples(job, layers)
         if self.config.start is Start.MEAN_MAGNITUDE:
             for name, layer in layers.items():
@@ -134,7 +135,7 @@ def _loss(job: TuneJob, iteration: int) -> Tensor:
     return loss
 
 
-def _examples(job: TuneJob, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+def _examples(job: TuneJob, layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
     """Each layer's input for one sample [1, ...]."""
     found: dict[str, Tensor] = {}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab import NonFiniteError, QParams, QuantizedConv2d, QuantizedLinear, WeightGrid
+from quantlab import NonFiniteError, QParams, QuantizedLayer, WeightGrid
 
 _SAMPLES_AT_ONCE = 64
 """Samples whose unfolded inputs are in memory together."""
@@ -67,20 +67,21 @@ class Grid:
         return (codes - self.zero_point) * self.scale, stored * self.scale
 
 
-def input_rows(layer: QuantizedLinear | QuantizedConv2d, x: Tensor) -> Tensor:
+def input_rows(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """What each output of a layer is a product with: [groups, positions, in / groups * kernel].
 
     The layer's own operation with the identity as its weight, so that stride, padding, dilation and groups are those of
     the layer.
     """
-    fan, groups = layer.weight[0].numel(), getattr(layer, "groups", 1)
-    identity = torch.eye(fan, dtype=x.dtype, device=x.device).view(fan, *layer.weight.shape[1:])
-    unfolded = layer.apply_weight(x, identity.repeat(groups, *(1,) * (layer.weight.dim() - 1)), None)
-    last = unfolded.movedim(1, -1) if layer.weight.dim() == 4 else unfolded
+    shape, groups = layer.weight_shape, layer.groups
+    fan = shape[1:].numel()
+    identity = torch.eye(fan, dtype=x.dtype, device=x.device).view(fan, *shape[1:])
+    unfolded = layer.apply_weight(x, identity.repeat(groups, *(1,) * (len(shape) - 1)), None)
+    last = unfolded.movedim(layer.channel_dim, -1)
     return last.flatten(0, -2).unflatten(1, (groups, fan)).transpose(0, 1)
 
 
-def second_moment(layer: QuantizedLinear | QuantizedConv2d, x: Tensor) -> Tensor:
+def second_moment(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """H = 2 / n * sum of x xᵀ over the n positions of a layer's input, float64 [groups, fan, fan]."""
     total, count = torch.zeros((), dtype=torch.float64, device=x.device), 0
     for part in x.split(_SAMPLES_AT_ONCE):

@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from quantlab import (
-    QuantizedConv2d,
-    QuantizedLinear,
+    QuantizedLayer,
     RecipeError,
     Strict,
     TuneJob,
@@ -19,8 +18,6 @@ from quantlab import (
     visit_layers,
 )
 from quantlab_ptq.gptq import Grid, output_error, quantize_rows, second_moment
-
-Layer = QuantizedLinear | QuantizedConv2d
 
 
 class GptqConfig(Strict):
@@ -51,7 +48,7 @@ class GptqTuner(Tuner):
         Raises:
             RecipeError: a weight quantizer has no scales and zero points.
         """
-        layers = cast(Mapping[str, Layer], job.layers)
+        layers = cast(Mapping[str, QuantizedLayer], job.layers)
         history: dict[str, list[float]] = {"total": [], "nearest": []}
 
         def visit(name: str, x: Tensor, timestep: Tensor | None) -> None:
@@ -63,7 +60,7 @@ class GptqTuner(Tuner):
         visit_layers(layers, lambda: job.student(job.batch.inputs), visit)
         return TuneResult(history)
 
-    def _round(self, name: str, layer: Layer, x: Tensor) -> tuple[float, float]:
+    def _round(self, name: str, layer: QuantizedLayer, x: Tensor) -> tuple[float, float]:
         """Round one layer whose quantized input is x; returns its error by nearest rounding and now."""
         quantizer = layer.weight_quantizer
         parameters = quantizer.qparams() if quantizer is not None else None
@@ -74,7 +71,7 @@ class GptqTuner(Tuner):
                 got=type(quantizer).__name__,
                 next_step="weights: {quantizer: affine}",
             )
-        groups = getattr(layer, "groups", 1)
+        groups = layer.groups
         moment = second_moment(layer, x)
 
         def rows(weight: Tensor) -> Tensor:
@@ -86,12 +83,12 @@ class GptqTuner(Tuner):
         found = quantize_rows(
             before,
             moment,
-            Grid.of(parameters, layer.weight, groups),
+            Grid.of(parameters, layer.float_weight(), groups),
             damping=config.damping,
             block=config.block,
             act_order=config.act_order,
         )
-        layer.set_float_weight(found.reshape(layer.weight.shape))
+        layer.set_float_weight(found.reshape(layer.weight_shape))
         return nearest, output_error(before - rows(layer.quantized_weight()), moment)
 
 
@@ -117,7 +114,7 @@ class BiasCorrectionTuner(Tuner):
         left alone, and a note names them.
         """
         without = [name for name, layer in job.layers.items() if layer.bias is None]
-        layers = {name: cast(Layer, layer) for name, layer in job.layers.items() if name not in without}
+        layers = {name: cast(QuantizedLayer, layer) for name, layer in job.layers.items() if name not in without}
         floats = {name: job.task.network.get_submodule(name) for name in layers}
         inputs = job.batch.inputs
         expected: dict[str, Tensor] = {}
@@ -141,5 +138,5 @@ class BiasCorrectionTuner(Tuner):
 
 def channel_means(layer: nn.Module, y: Tensor) -> Tensor:
     """Means [out] of a layer's output over everything but its channels, in float64."""
-    last = y.movedim(1, -1) if isinstance(layer, nn.Conv2d) else y
+    last = y if isinstance(layer, nn.Linear) else y.movedim(1, -1)
     return last.flatten(0, -2).double().mean(0)

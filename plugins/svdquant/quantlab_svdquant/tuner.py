@@ -13,16 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from quantlab import (
-    QuantizedConv2d,
-    QuantizedLinear,
+    QuantizedLayer,
+    RecipeError,
     Strict,
     TuneJob,
     Tuner,
     TuneResult,
     visit_layers,
 )
-
-Layer = QuantizedLinear | QuantizedConv2d
 
 
 class SvdQuantConfig(Strict):
@@ -50,10 +48,20 @@ class SvdQuantTuner(Tuner):
 
         The history has, layer by layer, the mean squared error of the output: "total", "first" before any refit, and
         "quantized" without a branch.
+
+        Raises:
+            RecipeError: a layer allows no branch.
         """
-        layers = cast(Mapping[str, Layer], job.layers)
+        layers = cast(Mapping[str, QuantizedLayer], job.layers)
         history: dict[str, list[float]] = {"total": [], "first": [], "quantized": []}
         rank = self.config.rank or job.settings.rank
+        for name, layer in layers.items():
+            if not layer.allows_branch:
+                raise RecipeError(
+                    "a transposed convolution has no low-rank branch",
+                    where=f"tune.tuners, site {name}",
+                    next_step=f'keep the layer outside the budget: keep: [{{match: "{name}", bits: 8}}]',
+                )
 
         def visit(name: str, x: Tensor, timestep: Tensor | None) -> None:
             layer = layers[name]
@@ -68,7 +76,7 @@ class SvdQuantTuner(Tuner):
         return TuneResult(history)
 
 
-def split(layer: Layer, x: Tensor, timestep: Tensor | None, rank: int, refits: int) -> list[float]:
+def split(layer: QuantizedLayer, x: Tensor, timestep: Tensor | None, rank: int, refits: int) -> list[float]:
     """Give a layer a branch and take it out of the weight, in place.
 
     The branch is first the best of its rank for the whole weight, then again and again for what the quantized rest does
@@ -104,7 +112,7 @@ def split(layer: Layer, x: Tensor, timestep: Tensor | None, rank: int, refits: i
     return errors
 
 
-def quantize_rest(layer: Layer, whole: Tensor) -> None:
+def quantize_rest(layer: QuantizedLayer, whole: Tensor) -> None:
     """Make the layer's weight what its branch leaves of ``whole`` [out, in / groups, *k], and find its scales again."""
     assert layer.branch is not None
     layer.set_float_weight(whole - layer.branch.product())
@@ -113,5 +121,5 @@ def quantize_rest(layer: Layer, whole: Tensor) -> None:
         layer.weight_quantizer.freeze()
 
 
-def _error(layer: Layer, x: Tensor, timestep: Tensor | None, target: Tensor) -> float:
+def _error(layer: QuantizedLayer, x: Tensor, timestep: Tensor | None, target: Tensor) -> float:
     return float((layer.forward(x, timestep) - target).square().mean())

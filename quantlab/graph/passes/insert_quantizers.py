@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from torch import fx, nn
 
 from quantlab.errors import CaptureError, nearest
 from quantlab.graph.captured import CapturedGraph
-from quantlab.graph.functional import layer_call
+from quantlab.graph.functional import LayerCall, embedding_path, layer_call
 from quantlab.graph.opaque import as_opaque_call
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear, to_quantized
+from quantlab.graph.roles import data_inputs
+from quantlab.quant.layers import QuantizedLayer, to_quantized
 
 
 def insert_quantizers(
@@ -23,7 +25,7 @@ def insert_quantizers(
     Args:
         model: changed in place; parameters keep their identity and names.
         captured: of this model or of one like it.
-        site_names: paths of linear and convolution layers.
+        site_names: paths of layers with a weight.
         timestep_input: the input that becomes the second argument of every quantized layer, or None.
 
     Raises:
@@ -35,8 +37,11 @@ def insert_quantizers(
     reached: set[str] = set()
     for node in list(graph.nodes):
         if (call := layer_call(model, node)) is not None and call.path in names:
-            _call_layer(node, call.path, call.input, timestep)
+            _call_layer(_without_bias(graph, node, call), call.path, call.input, timestep)
             reached.add(call.path)
+        elif (path := embedding_path(model, node)) is not None and path in names and "inner_calls" not in node.meta:
+            node.args, node.kwargs = tuple(data_inputs(node)), {}  # hooks see what is given by position
+            reached.add(path)
         elif "inner_calls" in node.meta:
             inner = names & {path for path, *_ in node.meta["inner_calls"]}
             if inner and timestep is not None:
@@ -45,7 +50,7 @@ def insert_quantizers(
     for name in site_names:
         if name not in reached:
             raise CaptureError(
-                "no linear or convolution layer of the graph has this path",
+                "no linear layer, convolution or embedding of the graph has this path",
                 where=name,
                 next_step=nearest(name, [path for path, _ in model.named_modules()]),
             )
@@ -77,6 +82,17 @@ def _call_layer(node: fx.Node, path: str, layer_input: fx.Node, timestep: fx.Nod
     node.args, node.kwargs = arguments, {}
 
 
+def _without_bias(graph: fx.Graph, node: fx.Node, call: LayerCall) -> fx.Node:
+    """The node that shall call the layer: a new one where a bias is computed, which ``node`` then adds to it."""
+    if call.bias is None:
+        return node
+    with graph.inserting_before(node):
+        inner = graph.create_node("call_module", call.path, (call.input,))
+    inner.meta = dict(node.meta)
+    node.target, node.args, node.kwargs = operator.add, (inner, call.bias), {}
+    return inner
+
+
 def _samples(node: fx.Node) -> int | None:
     shape = node.meta.get("shape")
     return shape[0] if shape else None
@@ -94,7 +110,7 @@ def _time_inside(graph: fx.Graph, node: fx.Node, inner: Sequence[str], timestep:
 def quantize_at(model: nn.Module, name: str) -> None:
     """Put a quantized layer wherever the model holds the layer ``name``; a shared one stays shared."""
     layer = model.get_submodule(name)
-    if isinstance(layer, QuantizedLinear | QuantizedConv2d):
+    if isinstance(layer, QuantizedLayer):
         return
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is layer]
     quantized = to_quantized(layer)  # type: ignore[arg-type]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from quantlab.errors import CaptureError
 from quantlab.graph.captured import CapturedGraph
@@ -57,6 +58,11 @@ def _call_module(node: fx.Node, path: str, timestep: fx.Node | None) -> None:
     """Have a node call the module; it keeps its arguments, its name and its place."""
     query = node.args[0] if node.args else node.kwargs["query"]
     assert isinstance(query, fx.Node)
-    if timestep is not None and query.meta["shape"][:1] == timestep.meta["shape"][:1]:
-        node.kwargs = {**node.kwargs, "timestep": timestep}
+    node.kwargs = with_timestep(node.kwargs, query, timestep)
     node.op, node.target = "call_module", path
+
+
+def with_timestep(keywords: Mapping[str, Argument], x: fx.Node, timestep: fx.Node | None) -> dict[str, Argument]:
+    """The keywords of a call and the timestep, where it has a value for each entry of x's first dimension."""
+    given = timestep is not None and x.meta["shape"][:1] == timestep.meta["shape"][:1]
+    return {**keywords, "timestep": timestep} if given else {**keywords}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.errors import ModelError
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.layers import QuantizedLayer
 
 
 def smooth(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
@@ -28,11 +28,13 @@ def smooth(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
         layer.smoothing = scales[site].detach().to(layer.weight).clone()
 
 
-def _checked_layer(model: nn.Module, site: str, scale: Tensor) -> QuantizedLinear | QuantizedConv2d:
+def _checked_layer(model: nn.Module, site: str, scale: Tensor) -> QuantizedLayer:
     layer = model.get_submodule(site)
-    if not isinstance(layer, QuantizedLinear | QuantizedConv2d):
-        raise ModelError("only a quantized layer can be smoothed", where=site, got=type(layer).__name__)
-    channels = layer.in_channels if isinstance(layer, QuantizedConv2d) else layer.in_features
+    if not isinstance(layer, QuantizedLayer) or isinstance(layer, nn.Embedding):
+        raise ModelError(
+            "only a quantized layer that multiplies its input can be smoothed", where=site, got=type(layer).__name__
+        )
+    channels = layer.input_channels
     if scale.shape != (channels,):
         raise ModelError(
             "smoothing takes one scale for each input channel",

@@ -16,7 +16,6 @@ from quantlab.packing.backends.integers import (
     IntegerPart,
     IntegerSite,
     NotExecutable,
-    QuantizedLayer,
     integers_of,
 )
 from quantlab.packing.backends.layers import IntegerLayer, Product
@@ -24,7 +23,8 @@ from quantlab.packing.backends.onednn import OneDnnProduct, missing_operators
 from quantlab.packing.backends.reference import ReferenceProduct
 from quantlab.packing.backends.verify import verify
 from quantlab.quant.attention import QuantizedAttention
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.layers import QuantizedLayer
+from quantlab.quant.operands import QuantizedOperands
 
 
 class Backend(StrEnum):
@@ -78,7 +78,7 @@ def lower(network: nn.Module, backend: Backend, activation: ActivationKernel) ->
     The copy is made around the new layers: their float weights are never copied.
 
     Args:
-        network: with ``QuantizedLinear`` and ``QuantizedConv2d`` layers, on the CPU.
+        network: with quantized layers, on the CPU.
         backend: what computes the products.
         activation: quantizes the inputs.
     """
@@ -86,15 +86,18 @@ def lower(network: nn.Module, backend: Backend, activation: ActivationKernel) ->
     dispatch: list[SiteDispatch] = []
     made: dict[int, object] = {}
     for path, module in network.named_modules():
-        if isinstance(module, QuantizedLinear | QuantizedConv2d):
+        if isinstance(module, QuantizedLayer):
             entry, layer = _lower_layer(path, module, backend, activation, missing)
             dispatch.append(entry)
             if layer is not None:
                 made[id(module)] = layer
-        elif isinstance(module, QuantizedAttention) and module.quantizers:
-            dispatch.append(
-                SiteDispatch(path, Kernel.SIMULATED, "the two products of attention have no integer kernel")
+        elif isinstance(module, QuantizedOperands) and module.quantizers:
+            what = (
+                "the two products of attention have"
+                if isinstance(module, QuantizedAttention)
+                else "a product of activations has"
             )
+            dispatch.append(SiteDispatch(path, Kernel.SIMULATED, f"{what} no integer kernel"))
     return Lowered(copy.deepcopy(network, made), tuple(dispatch))
 
 
@@ -109,7 +112,7 @@ def _lower_layer(
         site = integers_of(layer)
         built = IntegerLayer(site, _products(site, backend), activation, layer.smoothing, layer.branch)
         built.train(layer.training)
-        verify(built, site, _columns(layer), tuple(layer.weight.shape[2:]))
+        verify(built, site, layer.input_channels, tuple(layer.weight.shape[2:]))
     except NotExecutable as reason:
         return SiteDispatch(path, Kernel.SIMULATED, str(reason)), None
     kernel = Kernel.ONEDNN if backend is Backend.ONEDNN else Kernel.REFERENCE
@@ -122,10 +125,6 @@ def _products(site: IntegerSite, backend: Backend) -> list[Product]:
     )
     # The bias is added once.
     return [make(part, site.bias if position == 0 else None, site.geometry) for position, part in enumerate(site.parts)]
-
-
-def _columns(layer: QuantizedLayer) -> int:
-    return layer.in_features if isinstance(layer, QuantizedLinear) else layer.in_channels
 
 
 def _cost(layer: IntegerLayer) -> str:

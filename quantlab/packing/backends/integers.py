@@ -15,11 +15,9 @@ from torch import Tensor
 from quantlab.contracts.quant import QParams
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.quant.grid import WeightGrid
-from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
+from quantlab.quant.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from quantlab.quant.split import SplitQuantizer
 from quantlab.quant.timestep import nearest_index
-
-QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
 INT32_MAX = 2**31 - 1
 UINT8_MAX = 255
@@ -117,7 +115,7 @@ def integers_of(layer: QuantizedLayer) -> IntegerSite:
         raise NotExecutable("its adapter is not merged into the weight")
     if layer.weight_quantizer is None or layer.input_quantizer is None:
         raise NotExecutable(f"its {'weight' if layer.weight_quantizer is None else 'input'} stays float")
-    geometry = _geometry(layer)
+    geometry = _geometry(_with_kernel(layer))
     stored = _stored(layer.weight_quantizer, "weight")
     sizes = _sizes(stored, layer.input_quantizer, layer.weight.shape[1])
     if len(sizes) > 1 and geometry is not None and geometry.groups > 1:
@@ -137,7 +135,14 @@ def integers_of(layer: QuantizedLayer) -> IntegerSite:
     return IntegerSite(parts, None if layer.bias is None else layer.bias.detach().clone(), sizes, geometry)
 
 
-def _geometry(layer: QuantizedLayer) -> ConvGeometry | None:
+def _with_kernel(layer: QuantizedLayer) -> QuantizedLinear | QuantizedConv2d:
+    if not isinstance(layer, QuantizedLinear | QuantizedConv2d):
+        kind = type(layer).__name__.removeprefix("Quantized")
+        raise NotExecutable(f"a layer of the kind {kind} has no integer kernel")
+    return layer
+
+
+def _geometry(layer: QuantizedLinear | QuantizedConv2d) -> ConvGeometry | None:
     if isinstance(layer, QuantizedLinear):
         return None
     if layer.padding_mode != "zeros":

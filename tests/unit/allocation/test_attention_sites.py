@@ -46,7 +46,7 @@ def assigned(toy, choices=None, inputs_from=InputsFrom.TEACHER):
 
 def test_without_the_key_everything_is_as_it_was(toy) -> None:
     student, bit_map = assigned(toy)
-    assert student.attentions() == {} and "attend" not in {entry.site.name for entry in toy.plan.quantized}
+    assert student.products() == {} and "attend" not in {entry.site.name for entry in toy.plan.quantized}
     assert {slot for site, slot in bit_map.activation_bits if site == "attend"} == {"query", "key", "value"}
     layers = {e.site.name: "budget" if e.budgeted else e.weight_bits for e in toy.plan.sites}
     assert layer_set_digest(toy.plan) == digest_of(layers)
@@ -72,10 +72,10 @@ def test_bits_and_timesteps_of_every_slot(toy) -> None:
     student, bit_map = assigned(attending(toy, 6, 4))
     found = {slot: bits for (site, slot), bits in bit_map.activation_bits.items() if site == "attend"}
     assert found == {"query": 6, "key": 6, "value": 6, "probabilities": 4}
-    quantizers = student.attentions()["attend"].quantizers
+    quantizers = student.products()["attend"].quantizers
     assert all(quantizers[slot].bits == bits and quantizers[slot].scale.shape == (4,) for slot, bits in found.items())
     static, _ = assigned(attending(toy), affine(activations=Activations()))
-    assert static.attentions()["attend"].quantizers["query"].scale.shape == ()
+    assert static.products()["attend"].quantizers["query"].scale.shape == ()
 
 
 def test_a_restored_student_computes_bitwise_the_same(toy) -> None:
@@ -108,8 +108,8 @@ def test_the_layer_set_knows_it(toy) -> None:
 
 def test_keep_has_the_last_word(toy) -> None:
     kept = attending(toy, keep={"attend": FLOAT_BITS}).plan
-    assert kept.attentions == () and "kept float" in next(e.reason for e in kept.sites if e.site.name == "attend")
-    (entry,) = attending(toy, keep={"attend": 4}).plan.attentions
+    assert kept.products == () and "kept float" in next(e.reason for e in kept.sites if e.site.name == "attend")
+    (entry,) = attending(toy, keep={"attend": 4}).plan.products
     assert {entry.bits_of(slot) for slot in entry.site.slots} == {4}
 
 

@@ -22,7 +22,7 @@ TEMPORAL_FIRST = Partition(Grouping.BLOCK, temporal_first=True, inner_outputs=Tr
 
 def traced_pair(case):
     """The float network and its quantizable copy, and the names of all layers."""
-    names = [name for name, site in case.sites.items() if site.weight_shape]
+    names = [name for name, site in case.sites.items() if site.weight_shape and site.macs]
     model = copy.deepcopy(case.model)
     timestep = "timestep" if "timestep" in case.captured.input_names else None
     graph = insert_quantizers(model, case.captured, names, timestep)

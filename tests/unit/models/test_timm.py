@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from quantlab.contracts.sections import Model, Sampling
 from quantlab.errors import ModelError, RecipeError
+from quantlab.graph.capture import capture
 from quantlab.graph.captured import CaptureMethod
 from quantlab.graph.compare import largest_difference
+from quantlab.graph.passes.insert_quantizers import insert_quantizers
+from quantlab.graph.run import runner
 from quantlab.graph.sites import find_sites
+from quantlab.graph.uncovered import find_uncovered
 from quantlab.graph.verify import capture_verified
 from quantlab.models.classifier import ClassifierTask
 from quantlab.models.timm import TimmConfig, TimmSource, create
+from quantlab.quant.layers import QuantizedLinear
 from quantlab.recipe.load import load_recipe
 from quantlab.report.console import make_console
 from quantlab.run import RunOptions, RunResult, run
@@ -54,6 +59,22 @@ def test_the_graph_is_the_network(name: str) -> None:
     assert [largest_difference(network, captured, inputs(batch)) for batch in (1, 2, 3)] == [0.0, 0.0, 0.0]
     layers = {path for path, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     assert {site.name for site in find_sites(network, captured) if site.weight_shape} == layers
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_a_weight_that_is_used_with_a_bias_put_together_beside_it_is_a_site(name: str) -> None:
+    size = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    network = create(Model(name=name), TimmConfig(arguments=size)).double().requires_grad_(False)
+    images = {"x": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1)).double()}
+    captured = capture(network, images, {})
+    layers = [path for path, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert "blocks.0.attn.qkv" in layers
+    assert {site.name for site in find_sites(network, captured) if site.weight_shape} == set(layers)
+    assert not list(find_uncovered(network, captured))
+    expected = network(**images)
+    graph = insert_quantizers(network, captured, layers, None)
+    assert isinstance(network.get_submodule("blocks.0.attn.qkv"), QuantizedLinear)
+    torch.testing.assert_close(runner(network, graph)(images), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class Made:
 
     def content(self) -> PackedFile:
         student = self.student
-        layers, attentions = student.layers(), student.attentions()
+        layers, attentions = student.layers(), student.products()
         return pack(
             Finished(
                 student.network,
@@ -151,7 +151,7 @@ def test_quantized_attention(tmp_path: Path) -> None:
     calibration = task.calibrate(lambda inputs: network(**inputs), range(8), rng, silent)
     toy = replace(make_toy(), task=task, graph=graph, sites=sites, plan=plan, calibration=calibration)
     made = Made(toy)
-    assert made.student.attentions()
+    assert made.student.products()
     made.check(tmp_path / "model.safetensors")
 
 
@@ -388,7 +388,7 @@ def quantized_unet(network, size: int, bits: list[int], static: dict[str, object
 
 
 def packed_unet(student: Student) -> PackedFile:
-    parts = student.layers(), student.attentions(), student.float_model
+    parts = student.layers(), student.products(), student.float_model
     return pack(Finished(student.network, student.graph, *parts, "timestep"))
 
 

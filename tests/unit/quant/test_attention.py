@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantlab.contracts.quant import PerTensor, QuantSpec
-from quantlab.quant.attention import QuantizedAttention, operands, probabilities
+from quantlab.quant.attention import QuantizedAttention, probabilities
 from quantlab.quant.functional import fake_quantize, search_scale
 from quantlab.quant.quantizers import AffineConfig, AffineQuantizer
 
@@ -60,7 +60,7 @@ def test_grouped_queries_share_keys() -> None:
 
 def test_four_slots_are_quantized_by_hand() -> None:
     query, key, value = tensors()
-    found = operands(query, key, value, MASK)
+    found = QuantizedAttention().operands(query, key, value, MASK)
     bits = {"query": 4, "key": 5, "value": 3, "probabilities": 8}
     attention = QuantizedAttention()
     for slot, x in found.items():
@@ -80,7 +80,7 @@ def test_four_slots_are_quantized_by_hand() -> None:
 def test_gradients_reach_every_operand() -> None:
     given = [x.requires_grad_() for x in tensors()]
     attention = QuantizedAttention()
-    for slot, x in operands(*given).items():
+    for slot, x in QuantizedAttention().operands(*given).items():
         attention.quantizers[slot] = quantizer(x, 8)
     attention(*given).sum().backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in given)

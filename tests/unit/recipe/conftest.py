@@ -60,6 +60,10 @@ def quantlab_losses():
     return [part("mse"), part("lp")]
 
 @hookimpl
+def quantlab_corrections():
+    return [part("noise")]
+
+@hookimpl
 def quantlab_metrics():
     return [part(name) for name in ("fid", "fid-to-teacher", "is", "precision-recall", "accuracy", "paired-error")]
 """

@@ -52,6 +52,15 @@ def test_origins_tell_file_and_line_method_option_and_default(registry, write):
     assert origin["tune.rank"] == origin["allocate.1.kurtosis.offsets"] == "default"
 
 
+def test_corrections_along_a_flow_are_refused_when_the_recipe_is_read(registry, write):
+    recipe = write(GOOD + "corrections: [noise]\n")
+    assert load_recipe(recipe, (), registry).recipe.corrections[0].name == "noise"
+    with pytest.raises(RecipeError, match="corrections of the sampler") as caught:
+        load_recipe(recipe, ["sampling.scheduler=flow-euler"], registry)
+    assert caught.value.where == f"{recipe}:5" and caught.value.got == "noise"
+    load_recipe(recipe, ["sampling.scheduler=flow-euler", "corrections=[]"], registry)
+
+
 def test_plugin_options_are_completed_with_their_defaults(registry, write):
     choice = load_recipe(write(), (), registry).recipe.allocate[1]
     assert choice.options == {"groups": 3, "offsets": [-1, 0, 1]}

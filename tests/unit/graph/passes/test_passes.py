@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from quantlab.contracts.site import SiteKind
 from quantlab.errors import CaptureError, ModelError
 from quantlab.graph.capture import capture
 from quantlab.graph.compare import module_outputs
@@ -22,7 +23,7 @@ from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
 
 
 def weight_sites(case):
-    return [name for name, site in case.sites.items() if site.weight_shape]
+    return [name for name, site in case.sites.items() if site.weight_shape and site.kind is not SiteKind.EMBEDDING]
 
 
 def quantized_copy(case, timestep="timestep"):
@@ -173,7 +174,7 @@ def test_bad_scales_are_refused_before_anything_changes(scale, message):
     with pytest.raises(ModelError, match=message):
         smooth(model, {"one": scale})
     assert model.one.smoothing is None
-    with pytest.raises(ModelError, match="only a quantized layer"):
+    with pytest.raises(ModelError, match="only a quantized layer that multiplies"):
         smooth(nn.Sequential(nn.Linear(4, 4)), {"0": torch.ones(4)})
 
 
