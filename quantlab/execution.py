@@ -9,15 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantlab.allocation.student import Student, tapped_run
+from quantlab.allocation.student import tapped_run
 from quantlab.api import LoadedRun, QuantizedModule, load_quantized
 from quantlab.contracts.model import Evidence, GenerativeTask
 from quantlab.contracts.sections import Evaluate
 from quantlab.errors import ArtefactError, ModelError
 from quantlab.evaluation.metrics.fid import frechet_distance
 from quantlab.evaluation.metrics.paired_error import DATA_RANGE
+from quantlab.graph.bind import bind, bound_graph, unbind
+from quantlab.graph.captured import CapturedGraph
 from quantlab.packing.backends.activation import ActivationKernel, activation_kernel
-from quantlab.packing.backends.dispatch import Backend, Kernel, SiteDispatch, dispatch_text, loaded_bytes, lower
+from quantlab.packing.backends.dispatch import (
+    Backend,
+    Kernel,
+    Lowered,
+    SiteDispatch,
+    dispatch_text,
+    loaded_bytes,
+)
 from quantlab.report.console import Console, make_console
 from quantlab.stages.evaluate import draw
 
@@ -57,34 +66,36 @@ def execute(
         compiled: quantize activations by one compiled pass, where there is a compiler; the codes are the same.
         console: where reasons are printed.
     """
-    module, dispatch = _lower(quantized.module, Backend(backend), compiled, console)
-    return IntegerModule(module, dispatch, loaded_bytes(module))
+    bound = bound_graph(quantized.module)
+    assert bound is not None, "quantize binds the graph to the module"
+    graph, timestep_input = bound
+    lowered, fused = _lower(quantized.module, graph, Backend(backend), compiled, console)
+    module = bind(unbind(lowered.network), fused, timestep_input)
+    return IntegerModule(module, lowered.dispatch, loaded_bytes(module))
 
 
 def execute_run(
     loaded: LoadedRun, backend: str = Backend.ONEDNN, *, compiled: bool = True, console: Console | None = None
 ) -> tuple[LoadedRun, tuple[SiteDispatch, ...]]:
     """The model of a run with layers that compute in integers, and the kernel of every site; else as ``execute``."""
-    network, dispatch = _lower(loaded.student.network, Backend(backend), compiled, console)
-    return replace(loaded, student=_with_network(loaded.student, network)), dispatch
-
-
-def _with_network(student: Student, network: nn.Module) -> Student:
-    run = tapped_run(network, student.graph, ())
-    return replace(student, network=network, run=lambda inputs: run(inputs)[0])
+    student = loaded.student
+    lowered, fused = _lower(student.network, student.graph, Backend(backend), compiled, console)
+    run = tapped_run(lowered.network, fused, ())
+    integer = replace(student, network=lowered.network, graph=fused, run=lambda inputs: run(inputs)[0])
+    return replace(loaded, student=integer), lowered.dispatch
 
 
 def _lower(
-    network: nn.Module, backend: Backend, compiled: bool, console: Console | None
-) -> tuple[nn.Module, tuple[SiteDispatch, ...]]:
+    network: nn.Module, graph: CapturedGraph, backend: Backend, compiled: bool, console: Console | None
+) -> tuple[Lowered, CapturedGraph]:
     console = console or make_console()
-    activation = activation_kernel() if compiled else ActivationKernel(None)
+    activation = activation_kernel() if compiled else ActivationKernel({})
     if activation.why:
         console.warn(activation.why)
-    lowered = lower(network, backend, activation)
+    lowered, fused = lower_graph(network, graph, backend, activation)
     if any(entry.kernel is Kernel.SIMULATED for entry in lowered.dispatch):
         console.warn(dispatch_text(lowered.dispatch))
-    return lowered.network, lowered.dispatch
+    return lowered, fused
 
 
 @dataclass(frozen=True)

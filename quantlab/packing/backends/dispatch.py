@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from torch import Tensor, nn
 
+from quantlab.graph.captured import CapturedGraph
 from quantlab.packing.backends.activation import ActivationKernel
+from quantlab.packing.backends.fuse import fuse
 from quantlab.packing.backends.integers import (
     ConvGeometry,
     IntegerPart,
@@ -52,11 +54,13 @@ class SiteDispatch:
         site: its path.
         kernel: what computes it.
         why: why it is simulated, or what its integers cost; "" when there is nothing to say.
+        codes: how the codes of its input come about, where that is fused with what stands before it.
     """
 
     site: str
     kernel: Kernel
     why: str = ""
+    codes: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,16 @@ class Lowered:
 
     network: nn.Module
     dispatch: tuple[SiteDispatch, ...]
+
+
+def lower_graph(
+    network: nn.Module, graph: CapturedGraph, backend: Backend, activation: ActivationKernel
+) -> tuple[Lowered, CapturedGraph]:
+    """A network that computes in integers, as ``lower`` makes it, and its graph with quantization fused."""
+    lowered = lower(network, backend, activation)
+    fused = fuse(lowered.network, graph)
+    told = tuple(replace(entry, codes=fused.codes.get(entry.site, "")) for entry in lowered.dispatch)
+    return replace(lowered, dispatch=told), fused.graph
 
 
 def lower(network: nn.Module, backend: Backend, activation: ActivationKernel) -> Lowered:
@@ -141,9 +155,15 @@ def dispatch_text(dispatch: Sequence[SiteDispatch]) -> str:
     """The table: how many sites each kernel computes, then each site that has something to say."""
     counts = Counter(entry.kernel for entry in dispatch)
     lines = ["integer execution: " + ", ".join(f"{number} sites {kernel}" for kernel, number in counts.items())]
-    told = [entry for entry in dispatch if entry.why]
+    told = [entry for entry in dispatch if entry.why or entry.codes]
     width = max((len(entry.site) for entry in told), default=0)
-    return "\n".join([*lines, *(f"  {entry.site:{width}}  {entry.kernel:{15}}  {entry.why}" for entry in told)])
+    notes = ("; ".join(filter(None, (entry.why, entry.codes))) for entry in told)
+    return "\n".join(
+        [
+            *lines,
+            *(f"  {entry.site:{width}}  {entry.kernel:{15}}  {note}" for entry, note in zip(told, notes, strict=True)),
+        ]
+    )
 
 
 def loaded_bytes(network: nn.Module) -> int:

@@ -32,6 +32,11 @@ class NotExecutable(Exception):
     """A layer has no exact integer form here; the text says why. It ends in a dispatch table, never before a user."""
 
 
+Rows = tuple[tuple[int, Tensor | None], ...]
+"""Rows of a table, each with the samples that it holds for; None for all of them."""
+ONE_ROW: Rows = ((0, None),)
+
+
 @dataclass(frozen=True)
 class InputGrid:
     """How an input becomes codes.
@@ -47,6 +52,28 @@ class InputGrid:
     zero_point: Tensor
     quant_max: int
     timesteps: Tensor | None = None
+
+    def rows(self, timestep: Tensor | None) -> Rows:
+        """The rows of the table that the samples of a batch ask for."""
+        if self.timesteps is None:
+            return ONE_ROW
+        assert timestep is not None, "the engine threads the timestep to every layer"
+        index = nearest_index(self.timesteps, timestep)
+        found = index.unique().tolist()
+        if len(found) == 1:
+            return ((found[0], None),)
+        return tuple((row, (index == row).nonzero()[:, 0]) for row in found)
+
+    def same_as(self, other: InputGrid) -> bool:
+        """Whether both give the same codes to every input."""
+        steps = self.timesteps, other.timesteps
+        same_steps = steps[0] is steps[1] if None in steps else torch.equal(*cast(tuple[Tensor, Tensor], steps))
+        return (
+            same_steps
+            and self.quant_max == other.quant_max
+            and torch.equal(self.scale, other.scale)
+            and torch.equal(self.zero_point, other.zero_point)
+        )
 
     def index(self, timestep: Tensor | None, samples: int) -> Tensor:
         """Row of the table for each sample, int64 [samples]."""

@@ -6,6 +6,7 @@ the reference before it is used (``quantlab/packing/backends/verify.py``), never
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,11 @@ class OneDnnProduct:
     bias: Tensor | None
     geometry: ConvGeometry | None
 
+    @functools.cached_property
+    def _zero_points(self) -> Tensor:
+        """Of the int8 weights, which have none."""
+        return torch.zeros(len(self.scale), dtype=torch.int32)
+
     @classmethod
     def of(cls, part: IntegerPart, bias: Tensor | None, geometry: ConvGeometry | None) -> OneDnnProduct:
         """The product of a part.
@@ -70,8 +76,7 @@ class OneDnnProduct:
         return weights + 4 * (2 if self.bias is not None else 1) * len(self.scale)
 
     def _product(self, codes: Tensor, scale: float, zero_point: int, packed: Tensor, bias: Tensor | None) -> Tensor:
-        zeros = torch.zeros(len(self.scale), dtype=torch.int32)
-        operands = (scale, zero_point, packed, self.scale, zeros, bias)
+        operands = (scale, zero_point, packed, self.scale, self._zero_points, bias)
         if self.geometry is None:
             rows = codes.reshape(-1, codes.shape[-1])
             output = torch.ops.onednn.qlinear_pointwise(rows, *operands, *_FLOAT_OUTPUT)

@@ -18,7 +18,7 @@ from quantlab.quant.quantizers import AffineConfig, AffineQuantizer
 from quantlab.quant.split import SplitQuantizer
 
 TOLERANCE = 5e-7
-PLAIN = ActivationKernel(None)
+PLAIN = ActivationKernel({})
 BACKENDS = [Backend.REFERENCE] if missing_operators() else list(Backend)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
