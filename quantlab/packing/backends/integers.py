@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlab.contracts.quant import QParams
 from quantlab.contracts.quantizer import Quantizer
+from quantlab.packing.stored import PackedWeight
 from quantlab.quant.grid import WeightGrid
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
 from quantlab.quant.split import SplitQuantizer
@@ -90,11 +91,15 @@ class IntegerPart:
     Attributes:
         weight: q - zero_point, int16 [out, in / groups, *k].
         scale: of the weight, float32 [out].
+        zero_point: of the weight, int32 [out].
+        bits: of the weight's codes q, int8 [out].
         grid: of the input.
     """
 
     weight: Tensor
     scale: Tensor
+    zero_point: Tensor
+    bits: Tensor
     grid: InputGrid
 
     @property
@@ -150,10 +155,16 @@ def integers_of(layer: QuantizedLayer) -> IntegerSite:
     if len(sizes) > 1 and geometry is not None and geometry.groups > 1:
         raise NotExecutable("its input is split and its convolution grouped")
     weight = _weight(layer, stored)
-    # Scales [parts, out]; parts of an input that the weight does not tell apart share the weight's scale.
-    scale = stored.scale.detach().reshape(len(stored.split) or 1, -1).expand(len(sizes), weight.shape[0])
+    # [parts, out]; parts of an input that the weight does not tell apart share the weight's scale and zero point.
+    scale, zero_point = (
+        value.detach().reshape(len(stored.split) or 1, -1).expand(len(sizes), weight.shape[0])
+        for value in (stored.scale, stored.zero_point)
+    )
+    bits = torch.log2(torch.as_tensor(stored.quant_max).double() + 1).round().to(torch.int8).expand(weight.shape[0])
     parts = tuple(
-        IntegerPart(part, scale[position].contiguous(), _grid(quantizer))
+        IntegerPart(
+            part, scale[position].contiguous(), zero_point[position].to(torch.int32), bits.clone(), _grid(quantizer)
+        )
         for position, (part, quantizer) in enumerate(
             zip(weight.split(sizes, 1), _quantizers(layer.input_quantizer, len(sizes)), strict=True)
         )
@@ -212,7 +223,10 @@ def _quantizers(quantizer: Quantizer, parts: int) -> list[Quantizer]:
 def _weight(layer: QuantizedLayer, stored: QParams) -> Tensor:
     """Codes minus zero points, int16, proved to be what the layer computes with."""
     grid = WeightGrid.of(stored, layer.weight.dim())
-    codes = torch.round(layer.float_weight() / grid.scale) + grid.zero_point
+    if isinstance(layer.stored, PackedWeight):
+        codes = layer.stored.codes().to(grid.scale.dtype)
+    else:
+        codes = torch.round(layer.float_weight() / grid.scale) + grid.zero_point
     centred = torch.minimum(codes.clamp(min=0), grid.quant_max) - grid.zero_point
     if not torch.equal(centred * grid.scale, layer.quantized_weight()):
         raise NotExecutable(f'the quantizer "{_name(layer.weight_quantizer)}" of its weight rounds in its own way')
