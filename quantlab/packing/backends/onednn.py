@@ -93,10 +93,13 @@ def int8_pieces(weight: Tensor) -> list[Tensor]:
     their products cancels nothing, and each has int32 accumulators of its own.
     """
     pieces: list[Tensor] = []
-    while not pieces or weight.any():
-        pieces.append(weight.clamp(-INT8_MAX - 1, INT8_MAX))
-        weight = weight - pieces[-1]
-    return [piece.to(torch.int8) for piece in pieces]
+    while True:
+        low, high = (int(end) for end in weight.aminmax())
+        if low >= -INT8_MAX - 1 and high <= INT8_MAX:
+            return [*pieces, weight.to(torch.int8)]
+        piece = weight.clamp(-INT8_MAX - 1, INT8_MAX)
+        pieces.append(piece.to(torch.int8))
+        weight = weight - piece
 
 
 def _pack(weight: Tensor, scale: Tensor, geometry: ConvGeometry | None) -> Tensor:
