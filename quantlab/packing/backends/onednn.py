@@ -54,8 +54,11 @@ class OneDnnProduct:
         """The product of a part.
 
         Raises:
-            NotExecutable: oneDNN refuses the weight.
+            NotExecutable: oneDNN refuses the weight, or its result is undefined: where a whole window of the kernel
+                lies in the padding, its sum is what the memory held before.
         """
+        if geometry is not None and _has_empty_window(geometry, part.weight.shape[2:]):
+            raise NotExecutable("a window of its kernel sees nothing but padding, of which oneDNN makes no 0")
         try:
             packed = tuple(_pack(piece, part.scale, geometry) for piece in int8_pieces(part.weight))
         except RuntimeError as error:
@@ -113,6 +116,12 @@ def _pack(weight: Tensor, scale: Tensor, geometry: ConvGeometry | None) -> Tenso
 
 def _places(geometry: ConvGeometry) -> tuple[list[int], list[int], list[int], int]:
     return list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups
+
+
+def _has_empty_window(geometry: ConvGeometry, kernel: tuple[int, ...]) -> bool:
+    """Whether the padding holds a whole window of the kernel."""
+    sides = zip(geometry.padding, geometry.dilation, kernel, strict=True)
+    return any(padding > dilation * (size - 1) for padding, dilation, size in sides)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -87,7 +87,11 @@ def test_convolutions_of_mixed_widths(shape: tuple[int, ...]) -> None:
     layer = nn.Conv2d(inputs * groups, outputs * groups, kernel, stride, padding, dilation, groups)
     made = quantized(layer, x, rng)
     for backend in BACKENDS:
-        check(made, x, backend)
+        if backend is Backend.ONEDNN and padding > dilation * (kernel - 1):
+            (entry,) = lower(nn.ModuleDict({"layer": made}), backend, PLAIN).dispatch
+            assert entry.kernel is Kernel.SIMULATED and "nothing but padding" in entry.why
+        else:
+            check(made, x, backend)
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 8), st.booleans(), st.integers(0, 2**20))
