@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import ToyTask, affine, make_toy, silent, split_toy
 
 from quantlab.allocation.assign import AssignMethod, assign
@@ -39,6 +40,7 @@ from quantlab.execution import execute
 from quantlab.graph.capture import capture
 from quantlab.graph.sites import find_sites
 from quantlab.packing.file import PackedFile, read_packed, write_packed
+from quantlab.packing.network import build_network, describe_network
 from quantlab.packing.read import load_packed
 from quantlab.packing.write import Finished, pack
 from quantlab.stages.quantize import finalize_student
@@ -423,6 +425,24 @@ def test_a_new_process_and_a_pipeline_compute_the_same(tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
     assert images.shape == (1, 8, 8, 1)
+
+
+def test_a_network_is_built_without_values() -> None:
+    """Memory of weights that nothing has written is not used: the file brings them."""
+
+    class Drawn(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Drawn.calls += func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
+            return func(*args, **(kwargs or {}))
+
+    record = describe_network(unet(**TINY))
+    with Drawn():
+        build_network(record, None, torch.float32)
+        assert Drawn.calls == 0
+        unet(**TINY)
+        assert Drawn.calls > 0
 
 
 @torch.no_grad()
