@@ -28,7 +28,9 @@ TABLES: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "integer-layers": integer_layers.main,
     "integer-unet": integer_unet.main,
 }
-"""What prints a table of its own: rounds -> what is kept of it."""
+"""What has tables of its own: rounds -> what is kept of it."""
+INTEGER_RESULTS, DOCUMENT = Path("docs/results/performance/integer-execution.json"), Path("docs/performance.md")
+"""Where the sections of ``TABLES`` go when they alone are run, all of them and in full."""
 
 
 def main() -> None:
@@ -49,6 +51,8 @@ def main() -> None:
     results: dict[str, object] = {"machine": machine(), "cases": []}
     cases: list[object] = []
     rounds = 3 if arguments.quick else arguments.rounds
+    if set(arguments.only) == set(TABLES) and not arguments.quick and arguments.output is None:
+        arguments.output, arguments.document = INTEGER_RESULTS, DOCUMENT
     for name in arguments.only:
         if name in TABLES:
             print(name, file=sys.stderr, flush=True)
@@ -61,6 +65,7 @@ def main() -> None:
     print(markdown(results))
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written: {arguments.output}", file=sys.stderr)
         if arguments.document:
             write_tables(arguments.document, arguments.output)
 

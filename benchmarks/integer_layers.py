@@ -56,16 +56,20 @@ def quantize_layer(layer: nn.Linear | nn.Conv2d, x: Tensor, rng: torch.Generator
 
 
 def interleaved_medians(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of every arm, one call of each in turn."""
+    """Median seconds of processor time of every arm, one call of each in turn.
+
+    Not of the clock on the wall: on a busy machine an arm that ends within its share of the processor would be
+    several times faster than one that has to wait for its next.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(2):
         for run in arms.values():
             run()
     for _ in range(rounds):
         for name, run in arms.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -112,23 +116,31 @@ def main(rounds: int = 15) -> dict[str, Any]:
     """Print a table of ratios to float32 and return it with the geometric means over at least 256 rows."""
     torch.set_num_threads(1)
     results = {name: measure(name, rounds) for name in (*LINEAR, *CONV)}
-    columns = list(results[FEW_ROWS])
-    print(f"{'times float32':28}" + "".join(f"{column:>13}" for column in columns))
-    for name, row in results.items():
-        cells = (f"{value:13.2g}" if column == "error" else _cell(value) for column, value in row.items())
-        print(f"{name:28}" + "".join(cells))
     many = [row for name, row in results.items() if name != FEW_ROWS]
     means = {
         column: statistics.geometric_mean(float(row[column]) for row in many)
-        for column in columns
-        if column != "error" and not isinstance(results[FEW_ROWS][column], str)
+        for column, value in results[FEW_ROWS].items()
+        if column != "error" and not isinstance(value, str)
     }
-    print(f"{'geometric mean, 256 rows on':28}" + "".join(_cell(means.get(c, "")) for c in columns if c != "error"))
-    return {"shapes": results, "geometric_mean": means}
+    found = {"shapes": results, "geometric_mean": means}
+    print(layers_markdown(found))
+    return found
+
+
+def layers_markdown(results: dict[str, Any]) -> str:
+    """The table of one run: times float32, and the error of the integer layer to the float64 simulation."""
+    columns = list(results["shapes"][FEW_ROWS])
+    lines = [f"| times float32 | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    for name, row in results["shapes"].items():
+        cells = (f"{value:.1e}" if column == "error" else _cell(value) for column, value in row.items())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    means = " | ".join(_cell(results["geometric_mean"].get(column, "")) for column in columns)
+    lines.append(f"| geometric mean from 256 rows on | {means} |")
+    return "\n".join(lines)
 
 
 def _cell(value: float | str) -> str:
-    return f"{value:>13}" if isinstance(value, str) else f"{value:13.2f}"
+    return value if isinstance(value, str) else f"{value:.2f}"
 
 
 if __name__ == "__main__":

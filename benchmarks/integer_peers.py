@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from quantlab.packing.backends.integers import IntegerSite
+from quantlab.packing.backends.integers import ConvGeometry, IntegerSite
+from quantlab.packing.backends.reference import simulate
 
-Peer = Callable[[], object]
+Peer = Callable[[], np.ndarray]
 NOT_INSTALLED = "not installed"
 
 
@@ -44,43 +46,29 @@ def openvino_layer(site: IntegerSite, x: Tensor) -> Peer | str:
     settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
     request.set_input_tensor(ov.Tensor(x.contiguous().numpy(), shared_memory=True))
-    return request.infer
+
+    def run() -> np.ndarray:
+        request.infer()
+        return request.get_output_tensor().data
+
+    return run
 
 
 def onnxruntime_layer(site: IntegerSite, x: Tensor) -> Peer | str:
-    """QuantizeLinear, MatMulInteger or ConvInteger, scale and bias in ONNX Runtime, or why there is none."""
+    """The layer in ONNX Runtime, or why there is none.
+
+    A linear layer is QuantizeLinear, MatMulInteger, scale and bias, with float32 output as ours. A convolution is
+    QuantizeLinear, QLinearConv and DequantizeLinear, so its output has 8 bits: ConvInteger, the operator that gives
+    sums, is no fast path of the CPU provider (it was up to 4 times slower than float32), and no other gives float32.
+    """
     if find_spec("onnxruntime") is None or find_spec("onnx") is None:
         return NOT_INSTALLED
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    (part,) = site.parts
-    weight = part.weight.numpy().astype(np.int8)
-    shape = (-1, *(1,) * (0 if site.geometry is None else 2))
-    assert site.bias is not None
-    constants = {
-        "scale": part.grid.scale.numpy().reshape(()),
-        "zero": part.grid.zero_point.numpy().astype(np.uint8).reshape(()),
-        "weight": weight.T.copy() if site.geometry is None else weight,
-        "factor": (part.scale * part.grid.scale).numpy().reshape(shape),
-        "bias": site.bias.numpy().reshape(shape),
-    }
-    if site.geometry is None:
-        product = helper.make_node("MatMulInteger", ["codes", "weight", "zero"], ["sums"])
-    else:
-        places = site.geometry
-        product = helper.make_node(
-            "ConvInteger", ["codes", "weight", "zero"], ["sums"], strides=places.stride, pads=places.padding * 2
-        )
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
-        product,
-        helper.make_node("Cast", ["sums"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["floats", "factor"], ["scaled"]),
-        helper.make_node("Add", ["scaled", "bias"], ["y"]),
-    ]
+    nodes, constants = _matmul(site) if site.geometry is None else _convolution(site, site.geometry, x)
     graph = helper.make_graph(
-        nodes,
+        [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]), *nodes],
         "layer",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
@@ -88,10 +76,57 @@ def onnxruntime_layer(site: IntegerSite, x: Tensor) -> Peer | str:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     values = x.contiguous().numpy()
-    return lambda: session.run(None, {"x": values})
+    return lambda: session.run(None, {"x": values})[0]
+
+
+def _input_constants(site: IntegerSite) -> dict[str, np.ndarray]:
+    grid = site.parts[0].grid
+    return {
+        "scale": grid.scale.numpy().reshape(()),
+        "zero": grid.zero_point.numpy().astype(np.uint8).reshape(()),
+        "weight": site.parts[0].weight.numpy().astype(np.int8),
+    }
+
+
+def _matmul(site: IntegerSite) -> tuple[list[Any], dict[str, np.ndarray]]:
+    from onnx import TensorProto, helper
+
+    (part,) = site.parts
+    assert site.bias is not None
+    constants = _input_constants(site)
+    constants["weight"] = constants["weight"].T.copy()
+    constants |= {"factor": (part.scale * part.grid.scale).numpy(), "bias": site.bias.numpy()}
+    return [
+        helper.make_node("MatMulInteger", ["codes", "weight", "zero"], ["sums"]),
+        helper.make_node("Cast", ["sums"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "factor"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "bias"], ["y"]),
+    ], constants
+
+
+def _convolution(site: IntegerSite, places: ConvGeometry, x: Tensor) -> tuple[list[Any], dict[str, np.ndarray]]:
+    from onnx import helper
+
+    (part,) = site.parts
+    assert site.bias is not None
+    factor = part.scale * part.grid.scale
+    low, high = (float(value) for value in simulate(site, x).aminmax())
+    step = (high - low) / 255
+    constants = _input_constants(site) | {
+        "weight_scale": part.scale.numpy(),
+        "weight_zero": np.zeros(len(part.scale), np.int8),
+        "bias": (site.bias / factor).round().numpy().astype(np.int32),
+        "output_scale": np.float32(step),
+        "output_zero": np.uint8(round(-low / step)),
+    }
+    inputs = ["codes", "scale", "zero", "weight", "weight_scale", "weight_zero", "output_scale", "output_zero", "bias"]
+    return [
+        helper.make_node("QLinearConv", inputs, ["rounded"], strides=places.stride, pads=places.padding * 2),
+        helper.make_node("DequantizeLinear", ["rounded", "output_scale", "output_zero"], ["y"]),
+    ], constants
 
 
 def _range(site: IntegerSite) -> tuple[float, float]:

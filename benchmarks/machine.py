@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-PEERS = ("torchao", "optimum-quanto", "brevitas", "nvidia-modelopt")
+PEERS = ("torchao", "optimum-quanto", "brevitas", "nvidia-modelopt", "openvino", "onnxruntime")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "1073741824",

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.integer_layers import layers_markdown
+from benchmarks.integer_unet import unet_markdown
+
+_TABLES: Mapping[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "integer-layers": ("Layers in integers", layers_markdown),
+    "integer-unet": ("The CIFAR-10 UNet in integers, batch 8", unet_markdown),
+}
 BEGIN, END = "<!-- begin: {} -->", "<!-- end: {} -->"
 
 
@@ -28,6 +36,9 @@ def markdown(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         lines += [row for case in cases for row in _rows(case)]
+    for section, (title, table) in _TABLES.items():
+        if section in results:
+            lines += ["", f"### {title}", "", table(results[section])]
     return "\n".join(lines)
 
 

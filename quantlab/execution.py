@@ -9,15 +9,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantlab.allocation.student import Student, tapped_run
+from quantlab.allocation.student import tapped_run
 from quantlab.api import LoadedRun, QuantizedModule, load_quantized
 from quantlab.contracts.model import Evidence, GenerativeTask
 from quantlab.contracts.sections import Evaluate
 from quantlab.errors import ArtefactError, ModelError
 from quantlab.evaluation.metrics.fid import frechet_distance
 from quantlab.evaluation.metrics.paired_error import DATA_RANGE
+from quantlab.graph.bind import bind, bound_graph, unbind
+from quantlab.graph.captured import CapturedGraph
 from quantlab.packing.backends.activation import ActivationKernel, activation_kernel
-from quantlab.packing.backends.dispatch import Backend, Kernel, SiteDispatch, dispatch_text, loaded_bytes, lower
+from quantlab.packing.backends.dispatch import (
+    Backend,
+    Kernel,
+    Lowered,
+    SiteDispatch,
+    dispatch_text,
+    loaded_bytes,
+    lower_graph,
+)
+from quantlab.packing.model import PackedModel, promised_output
 from quantlab.report.console import Console, make_console
 from quantlab.stages.evaluate import draw
 
@@ -40,51 +51,71 @@ class IntegerModule:
 
 
 def execute(
-    quantized: QuantizedModule,
+    quantized: QuantizedModule | PackedModel,
     backend: str = Backend.ONEDNN,
     *,
     compiled: bool = True,
+    keep_packed: bool = False,
     console: Console | None = None,
 ) -> IntegerModule:
     """A quantized module whose layers compute in integers; the quantized module itself is not changed.
 
     Each layer is compared with its float64 simulation on a probe first. A site that has no exact integer form keeps
-    its simulation, and the reason is printed.
+    its simulation, and the reason is printed. Of a packed model that was loaded with ``keep_packed`` no more than one
+    layer's weight is ever float at a time.
 
     Args:
-        quantized: on the CPU, in float32.
+        quantized: on the CPU, in float32; from ``quantize``, or from ``load_quantized`` of a packed file.
         backend: "onednn", or "reference" for slow exact integers.
         compiled: quantize activations by one compiled pass, where there is a compiler; the codes are the same.
+        keep_packed: hold weights in their own bits instead of int8, and unpack those of a layer whenever it runs: less
+            memory, slower, the same outputs to the bit.
         console: where reasons are printed.
     """
-    module, dispatch = _lower(quantized.module, Backend(backend), compiled, console)
-    return IntegerModule(module, dispatch, loaded_bytes(module))
+    if isinstance(quantized, PackedModel):
+        network, graph, timestep_input = quantized.network, quantized.graph, quantized.manifest.timestep_input
+        graph = promised_output(graph, type(network))
+    else:
+        network, bound = quantized.module, bound_graph(quantized.module)
+        assert bound is not None, "quantize binds the graph to the module"
+        graph, timestep_input = bound
+    lowered, fused = _lower(network, graph, Backend(backend), compiled, keep_packed, console)
+    module = lowered.network if bound_graph(lowered.network) is None else unbind(lowered.network)
+    return IntegerModule(bind(module, fused, timestep_input), lowered.dispatch, loaded_bytes(module))
 
 
 def execute_run(
-    loaded: LoadedRun, backend: str = Backend.ONEDNN, *, compiled: bool = True, console: Console | None = None
+    loaded: LoadedRun,
+    backend: str = Backend.ONEDNN,
+    *,
+    compiled: bool = True,
+    keep_packed: bool = False,
+    console: Console | None = None,
 ) -> tuple[LoadedRun, tuple[SiteDispatch, ...]]:
     """The model of a run with layers that compute in integers, and the kernel of every site; else as ``execute``."""
-    network, dispatch = _lower(loaded.student.network, Backend(backend), compiled, console)
-    return replace(loaded, student=_with_network(loaded.student, network)), dispatch
-
-
-def _with_network(student: Student, network: nn.Module) -> Student:
-    run = tapped_run(network, student.graph, ())
-    return replace(student, network=network, run=lambda inputs: run(inputs)[0])
+    student = loaded.student
+    lowered, fused = _lower(student.network, student.graph, Backend(backend), compiled, keep_packed, console)
+    run = tapped_run(lowered.network, fused, ())
+    integer = replace(student, network=lowered.network, graph=fused, run=lambda inputs: run(inputs)[0])
+    return replace(loaded, student=integer), lowered.dispatch
 
 
 def _lower(
-    network: nn.Module, backend: Backend, compiled: bool, console: Console | None
-) -> tuple[nn.Module, tuple[SiteDispatch, ...]]:
+    network: nn.Module,
+    graph: CapturedGraph,
+    backend: Backend,
+    compiled: bool,
+    keep_packed: bool,
+    console: Console | None,
+) -> tuple[Lowered, CapturedGraph]:
     console = console or make_console()
-    activation = activation_kernel() if compiled else ActivationKernel(None)
+    activation = activation_kernel() if compiled else ActivationKernel({})
     if activation.why:
         console.warn(activation.why)
-    lowered = lower(network, backend, activation)
+    lowered, fused = lower_graph(network, graph, backend, activation, keep_packed)
     if any(entry.kernel is Kernel.SIMULATED for entry in lowered.dispatch):
         console.warn(dispatch_text(lowered.dispatch))
-    return lowered.network, lowered.dispatch
+    return lowered, fused
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from quantlab.graph.run import check_inputs, compile_graph, output_wrapper
 
 ORIGINAL_CLASS = "quantlab_original_class"
 """The attribute of a bound model's class that holds the class it was."""
+_BOUND = "quantlab_bound"
+"""The attribute of a bound model's class that holds its graph and the input that carries the timestep."""
 _CHANGING = (
     "add_adapter",
     "load_lora_adapter",
@@ -63,6 +65,7 @@ def bind(model: nn.Module, captured: CapturedGraph, timestep_input: str | None) 
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         ORIGINAL_CLASS: original,
+        _BOUND: (captured, timestep_input),
         **{name: _refusal(name) for name in _CHANGING if hasattr(original, name)},
     }
     model.__class__ = type(original.__name__, (original,), attributes)
@@ -80,6 +83,11 @@ def unbind(model: nn.Module) -> nn.Module:
         raise ModelError("no graph is bound to this model", where=type(model).__name__)
     model.__class__ = original
     return model
+
+
+def bound_graph(model: nn.Module) -> tuple[CapturedGraph, str | None] | None:
+    """The graph that a model is bound to, with the input that carries the timestep; None for an unbound model."""
+    return getattr(type(model), _BOUND, None)
 
 
 def _refusal(name: str) -> Any:

@@ -107,9 +107,7 @@ def install(
         setattr(network, part, parameter)
     for part, buffer in quantized.named_buffers(recurse=False):
         setattr(network, part, buffer)
-    if graph.output_type is None:
-        graph = replace(graph, output_type=_output_type(type(network)))
-    bind(network, graph, timestep_input)
+    bind(network, promised_output(graph, type(network)), timestep_input)
     return pipeline
 
 
@@ -117,6 +115,11 @@ def _children(network: nn.Module) -> dict[str, str]:
     """Paths of all linear layers, convolutions and embeddings with their shapes."""
     layers = ((name, module) for name, module in network.named_modules() if isinstance(module, Weighted))
     return {name: str(list(module.weight.shape)) for name, module in layers}
+
+
+def promised_output(graph: CapturedGraph, cls: type[nn.Module]) -> CapturedGraph:
+    """The graph, returning the class that the forward of ``cls`` promises where the captured call returned a tuple."""
+    return graph if graph.output_type is not None else replace(graph, output_type=_output_type(cls))
 
 
 def _output_type(cls: type[nn.Module]) -> OutputType | None:

@@ -7,12 +7,15 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from quantlab.errors import ArtefactError, PackError
 from quantlab.graph.bind import ORIGINAL_CLASS
 from quantlab.packing.manifest import NetworkRecord
 from quantlab.torchvision_shim import ensure_torchvision_imports
+
+_FILLS = frozenset({Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_})
 
 
 def describe_network(network: nn.Module) -> NetworkRecord | None:
@@ -70,10 +73,22 @@ def _built(record: NetworkRecord) -> nn.Module:
             next_step="install a version of diffusers that has it, or distrust the file",
         )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _Uninitialized():
             return cls.from_config(record.config)
     except (TypeError, ValueError, KeyError) as error:
         raise ArtefactError("diffusers cannot build the model", where=record.class_name, got=error) from error
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Parameters are made without values inside: the file has them all, and memory that nothing writes is not used."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("tensor")
+        fills = getattr(func, "__module__", None) == nn.init.__name__ or func in _FILLS
+        return first if fills and isinstance(first, nn.Parameter) else func(*args, **kwargs)
 
 
 def _is_diffusers_model(cls: type) -> bool:

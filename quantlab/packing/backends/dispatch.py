@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from torch import Tensor, nn
+from torch import nn
 
+from quantlab.graph.captured import CapturedGraph
 from quantlab.packing.backends.activation import ActivationKernel
+from quantlab.packing.backends.fuse import fuse
 from quantlab.packing.backends.integers import (
-    ConvGeometry,
-    IntegerPart,
     IntegerSite,
     NotExecutable,
     integers_of,
 )
 from quantlab.packing.backends.layers import IntegerLayer, Product
 from quantlab.packing.backends.onednn import OneDnnProduct, missing_operators
+from quantlab.packing.backends.packed import MakeProduct, PackedProduct
 from quantlab.packing.backends.reference import ReferenceProduct
 from quantlab.packing.backends.verify import verify
 from quantlab.quant.attention import QuantizedAttention
@@ -52,11 +54,13 @@ class SiteDispatch:
         site: its path.
         kernel: what computes it.
         why: why it is simulated, or what its integers cost; "" when there is nothing to say.
+        codes: how the codes of its input come about, where that is fused with what stands before it.
     """
 
     site: str
     kernel: Kernel
     why: str = ""
+    codes: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,17 @@ class Lowered:
     dispatch: tuple[SiteDispatch, ...]
 
 
-def lower(network: nn.Module, backend: Backend, activation: ActivationKernel) -> Lowered:
+def lower_graph(
+    network: nn.Module, graph: CapturedGraph, backend: Backend, activation: ActivationKernel, keep_packed: bool = False
+) -> tuple[Lowered, CapturedGraph]:
+    """A network that computes in integers, as ``lower`` makes it, and its graph with quantization fused."""
+    lowered = lower(network, backend, activation, keep_packed)
+    fused = fuse(lowered.network, graph)
+    told = tuple(replace(entry, codes=fused.codes.get(entry.site, "")) for entry in lowered.dispatch)
+    return replace(lowered, dispatch=told), fused.graph
+
+
+def lower(network: nn.Module, backend: Backend, activation: ActivationKernel, keep_packed: bool = False) -> Lowered:
     """A copy of a network with quantized layers that computes in integers where they are exact.
 
     The copy is made around the new layers: their float weights are never copied.
@@ -81,13 +95,14 @@ def lower(network: nn.Module, backend: Backend, activation: ActivationKernel) ->
         network: with quantized layers, on the CPU.
         backend: what computes the products.
         activation: quantizes the inputs.
+        keep_packed: hold weights in their own bits, and unpack those of a layer whenever it runs.
     """
     missing = missing_operators() if backend is Backend.ONEDNN else ""
     dispatch: list[SiteDispatch] = []
     made: dict[int, object] = {}
     for path, module in network.named_modules():
         if isinstance(module, QuantizedLayer):
-            entry, layer = _lower_layer(path, module, backend, activation, missing)
+            entry, layer = _lower_layer(path, module, backend, activation, keep_packed, missing)
             dispatch.append(entry)
             if layer is not None:
                 made[id(module)] = layer
@@ -102,7 +117,7 @@ def lower(network: nn.Module, backend: Backend, activation: ActivationKernel) ->
 
 
 def _lower_layer(
-    path: str, layer: QuantizedLayer, backend: Backend, activation: ActivationKernel, missing: str
+    path: str, layer: QuantizedLayer, backend: Backend, activation: ActivationKernel, keep_packed: bool, missing: str
 ) -> tuple[SiteDispatch, IntegerLayer | None]:
     try:
         if missing:
@@ -110,7 +125,7 @@ def _lower_layer(
         if layer.weight.device.type != "cpu":
             raise NotExecutable(f"it is on {layer.weight.device}, and the kernels are for the CPU")
         site = integers_of(layer)
-        built = IntegerLayer(site, _products(site, backend), activation, layer.smoothing, layer.branch)
+        built = IntegerLayer(site, _products(site, backend, keep_packed), activation, layer.smoothing, layer.branch)
         built.train(layer.training)
         verify(built, site, layer.input_channels, tuple(layer.weight.shape[2:]))
     except NotExecutable as reason:
@@ -119,10 +134,10 @@ def _lower_layer(
     return SiteDispatch(path, kernel, _cost(built)), built
 
 
-def _products(site: IntegerSite, backend: Backend) -> list[Product]:
-    make: Callable[[IntegerPart, Tensor | None, ConvGeometry | None], Product] = (
-        OneDnnProduct.of if backend is Backend.ONEDNN else ReferenceProduct
-    )
+def _products(site: IntegerSite, backend: Backend, keep_packed: bool) -> list[Product]:
+    make: MakeProduct = OneDnnProduct.of if backend is Backend.ONEDNN else ReferenceProduct
+    if keep_packed:
+        make = functools.partial(PackedProduct.of, make)
     # The bias is added once.
     return [make(part, site.bias if position == 0 else None, site.geometry) for position, part in enumerate(site.parts)]
 
@@ -131,6 +146,7 @@ def _cost(layer: IntegerLayer) -> str:
     """What makes a layer more than one product."""
     notes = [f"{len(layer.products)} products, one for each part of its input"] if len(layer.products) > 1 else []
     pieces = max(len(product.packed) if isinstance(product, OneDnnProduct) else 1 for product in layer.products)
+    notes += ["unpacked at every call"] if isinstance(layer.products[0], PackedProduct) else []
     notes += [f"weights beyond int8 take {pieces} products"] if pieces > 1 else []
     notes += ["a low-rank product in float"] if layer.branch is not None else []
     return "; ".join(notes)
@@ -140,9 +156,15 @@ def dispatch_text(dispatch: Sequence[SiteDispatch]) -> str:
     """The table: how many sites each kernel computes, then each site that has something to say."""
     counts = Counter(entry.kernel for entry in dispatch)
     lines = ["integer execution: " + ", ".join(f"{number} sites {kernel}" for kernel, number in counts.items())]
-    told = [entry for entry in dispatch if entry.why]
+    told = [entry for entry in dispatch if entry.why or entry.codes]
     width = max((len(entry.site) for entry in told), default=0)
-    return "\n".join([*lines, *(f"  {entry.site:{width}}  {entry.kernel:{15}}  {entry.why}" for entry in told)])
+    notes = ("; ".join(filter(None, (entry.why, entry.codes))) for entry in told)
+    return "\n".join(
+        [
+            *lines,
+            *(f"  {entry.site:{width}}  {entry.kernel:{15}}  {note}" for entry, note in zip(told, notes, strict=True)),
+        ]
+    )
 
 
 def loaded_bytes(network: nn.Module) -> int:

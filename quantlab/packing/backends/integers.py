@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlab.contracts.quant import QParams
 from quantlab.contracts.quantizer import Quantizer
+from quantlab.packing.stored import PackedWeight
 from quantlab.quant.grid import WeightGrid
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from quantlab.quant.split import SplitQuantizer
@@ -28,6 +29,11 @@ MAX_PIECES = 3
 
 class NotExecutable(Exception):
     """A layer has no exact integer form here; the text says why. It ends in a dispatch table, never before a user."""
+
+
+Rows = tuple[tuple[int, Tensor | None], ...]
+"""Rows of a table, each with the samples that it holds for; None for all of them."""
+ONE_ROW: Rows = ((0, None),)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,28 @@ class InputGrid:
     quant_max: int
     timesteps: Tensor | None = None
 
+    def rows(self, timestep: Tensor | None) -> Rows:
+        """The rows of the table that the samples of a batch ask for."""
+        if self.timesteps is None:
+            return ONE_ROW
+        assert timestep is not None, "the engine threads the timestep to every layer"
+        index = nearest_index(self.timesteps, timestep)
+        found = index.unique().tolist()
+        if len(found) == 1:
+            return ((found[0], None),)
+        return tuple((row, (index == row).nonzero()[:, 0]) for row in found)
+
+    def same_as(self, other: InputGrid) -> bool:
+        """Whether both give the same codes to every input."""
+        steps = self.timesteps, other.timesteps
+        same_steps = steps[0] is steps[1] if None in steps else torch.equal(*cast(tuple[Tensor, Tensor], steps))
+        return (
+            same_steps
+            and self.quant_max == other.quant_max
+            and torch.equal(self.scale, other.scale)
+            and torch.equal(self.zero_point, other.zero_point)
+        )
+
     def index(self, timestep: Tensor | None, samples: int) -> Tensor:
         """Row of the table for each sample, int64 [samples]."""
         if self.timesteps is None:
@@ -61,11 +89,15 @@ class IntegerPart:
     Attributes:
         weight: q - zero_point, int16 [out, in / groups, *k].
         scale: of the weight, float32 [out].
+        zero_point: of the weight, int32 [out].
+        bits: of the weight's codes q, int8 [out].
         grid: of the input.
     """
 
     weight: Tensor
     scale: Tensor
+    zero_point: Tensor
+    bits: Tensor
     grid: InputGrid
 
     @property
@@ -121,10 +153,16 @@ def integers_of(layer: QuantizedLayer) -> IntegerSite:
     if len(sizes) > 1 and geometry is not None and geometry.groups > 1:
         raise NotExecutable("its input is split and its convolution grouped")
     weight = _weight(layer, stored)
-    # Scales [parts, out]; parts of an input that the weight does not tell apart share the weight's scale.
-    scale = stored.scale.detach().reshape(len(stored.split) or 1, -1).expand(len(sizes), weight.shape[0])
+    # [parts, out]; parts of an input that the weight does not tell apart share the weight's scale and zero point.
+    scale, zero_point = (
+        value.detach().reshape(len(stored.split) or 1, -1).expand(len(sizes), weight.shape[0])
+        for value in (stored.scale, stored.zero_point)
+    )
+    bits = torch.log2(torch.as_tensor(stored.quant_max).double() + 1).round().to(torch.int8).expand(weight.shape[0])
     parts = tuple(
-        IntegerPart(part, scale[position].contiguous(), _grid(quantizer))
+        IntegerPart(
+            part, scale[position].contiguous(), zero_point[position].to(torch.int32), bits.clone(), _grid(quantizer)
+        )
         for position, (part, quantizer) in enumerate(
             zip(weight.split(sizes, 1), _quantizers(layer.input_quantizer, len(sizes)), strict=True)
         )
@@ -190,7 +228,10 @@ def _quantizers(quantizer: Quantizer, parts: int) -> list[Quantizer]:
 def _weight(layer: QuantizedLayer, stored: QParams) -> Tensor:
     """Codes minus zero points, int16, proved to be what the layer computes with."""
     grid = WeightGrid.of(stored, layer.weight.dim())
-    codes = torch.round(layer.float_weight() / grid.scale) + grid.zero_point
+    if isinstance(layer.stored, PackedWeight):
+        codes = layer.stored.codes().to(grid.scale.dtype)
+    else:
+        codes = torch.round(layer.float_weight() / grid.scale) + grid.zero_point
     centred = torch.minimum(codes.clamp(min=0), grid.quant_max) - grid.zero_point
     if not torch.equal(centred * grid.scale, layer.quantized_weight()):
         raise NotExecutable(f'the quantizer "{_name(layer.weight_quantizer)}" of its weight rounds in its own way')

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantlab.packing.backends.activation import ActivationKernel
-from quantlab.packing.backends.integers import ConvGeometry, InputGrid, IntegerSite
+from quantlab.packing.backends.integers import ConvGeometry, InputGrid, IntegerSite, Rows
 from quantlab.quant.branch import LowRankBranch
 
 
@@ -46,6 +46,81 @@ class _Branch(nn.Module):
         return F.conv2d(inner, self.B, groups=places.groups)
 
 
+class RowLookup(nn.Module):
+    """Finds the rows of a per-timestep table."""
+
+    def __init__(self, grid: InputGrid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, timestep: Tensor | None) -> Rows:
+        """``timestep`` [B], None for a grid without timesteps."""
+        return self.grid.rows(timestep)
+
+
+class Encoder(nn.Module):
+    """Turns the input of one part of a layer into codes.
+
+    Args:
+        grid: of the codes.
+        kernel: computes them.
+        reciprocal: of the smoothing scales [in], or None. The simulation multiplies by reciprocals: so must this.
+        channels: the dimension that they belong to.
+    """
+
+    def __init__(self, grid: InputGrid, kernel: ActivationKernel, reciprocal: Tensor | None, channels: int) -> None:
+        super().__init__()
+        self.grid, self.kernel, self.channels, self.reciprocal = grid, kernel, channels, reciprocal
+        self._rows = list(zip(grid.scale.unbind(), grid.zero_point.float().unbind(), strict=True))
+        self._quant_max = torch.tensor(float(grid.quant_max))
+
+    def forward(self, x: Tensor, rows: Rows, silu: bool = False) -> Tensor:
+        """Codes of x, or of its SiLU: uint8 in the shape and the memory layout of x."""
+        if self.reciprocal is not None:
+            x, silu = smoothed(F.silu(x) if silu else x, self.reciprocal, self.channels), False
+        if len(rows) == 1:
+            return self._encode(x, rows[0][0], silu)
+        codes = torch.empty_like(x, dtype=torch.uint8)
+        for row, samples in rows:
+            codes[samples] = self._encode(x[samples], row, silu)
+        return codes
+
+    def zero(self) -> int:
+        """The code of 0 under a grid of one row."""
+        return int(self._encode(torch.zeros(()), 0, False))
+
+    def _encode(self, x: Tensor, row: int, silu: bool) -> Tensor:
+        return self.kernel(x, *self._rows[row], self._quant_max, silu=silu)
+
+
+class Multiplier(nn.Module):
+    """The integer product of one part of a layer, with the input scale that each sample has.
+
+    Args:
+        grid: of the codes.
+        product: multiplies them.
+    """
+
+    def __init__(self, grid: InputGrid, product: Product) -> None:
+        super().__init__()
+        self.product = product
+        self._rows = list(zip(grid.scale.tolist(), grid.zero_point.tolist(), strict=True))
+
+    def forward(self, codes: Tensor, rows: Rows) -> Tensor:
+        """uint8 [B, ..., in] or [B, in, H, W] to float32 [B, ..., out] or [B, out, H', W']."""
+        if len(rows) == 1:
+            return self.product(codes, *self._rows[rows[0][0]])
+        parts = [(samples, self.product(codes[samples], *self._rows[row])) for row, samples in rows]
+        outputs = torch.cat([output for _, output in parts])
+        order = torch.cat([samples for samples, _ in parts if samples is not None])
+        return torch.empty_like(outputs).index_copy_(0, order, outputs)
+
+
+def smoothed(x: Tensor, reciprocal: Tensor, channels: int) -> Tensor:
+    """x times the reciprocal smoothing scales of its dimension ``channels``."""
+    return x * (reciprocal if channels == -1 else reciprocal.view(-1, *(1,) * (x.dim() - 1 - channels)))
+
+
 class IntegerLayer(nn.Module):
     """A linear layer or convolution whose products are integer products. It holds no float weight.
 
@@ -69,67 +144,53 @@ class IntegerLayer(nn.Module):
         branch: LowRankBranch | None,
     ) -> None:
         super().__init__()
-        self.geometry, self.sizes = site.geometry, site.sizes
-        self.grids = tuple(part.grid for part in site.parts)
-        self.products, self.activation = tuple(products), activation
-        # The simulation multiplies by reciprocals: so must the codes' input be.
+        self.sizes, self.channels = site.sizes, -1 if site.geometry is None else 1
         self.reciprocal = None if smoothing is None else 1 / smoothing.detach()
+        parts = len(site.parts)
+        reciprocals = [self.reciprocal] if parts == 1 or self.reciprocal is None else self.reciprocal.split(self.sizes)
+        grids = [part.grid for part in site.parts]
+        self.lookups = nn.ModuleList([RowLookup(grid) for grid in grids])
+        self.encoders = nn.ModuleList(
+            [
+                Encoder(grid, activation, reciprocals[position % len(reciprocals)], self.channels)
+                for position, grid in enumerate(grids)
+            ]
+        )
+        self.multipliers = nn.ModuleList(
+            [Multiplier(grid, product) for grid, product in zip(grids, products, strict=True)]
+        )
         self.branch = None if branch is None else _Branch(branch, site.geometry)
         shape = (len(site.parts[0].weight), sum(site.sizes), *site.parts[0].weight.shape[2:])
         self.weight = torch.full((), torch.nan).expand(shape)
         self.bias = site.bias
 
+    @property
+    def products(self) -> list[Product]:
+        """The products of its parts."""
+        return [multiplier.product for multiplier in cast(Iterable[Multiplier], self.multipliers)]
+
     def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """[B, ..., in] -> [B, ..., out], or [B, in, H, W] -> [B, out, H', W']; ``timestep`` [B] for tables."""
         output = self.integer_part(x, timestep)
-        return output if self.branch is None else output + self.branch(self._smoothed(x))
+        if self.branch is None:
+            return output
+        return output + self.branch(x if self.reciprocal is None else smoothed(x, self.reciprocal, self.channels))
 
     def integer_part(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """The output without the branch; arguments and shapes as for ``forward``."""
-        if len(self.grids) == 1:
-            return _by_row(x, timestep, self.grids[0], self.products[0], self.activation, self.reciprocal)
-        dim = -1 if self.geometry is None else 1
-        reciprocals = [None] * len(self.grids) if self.reciprocal is None else self.reciprocal.split(self.sizes)
-        parts = zip(x.split(self.sizes, dim), self.grids, self.products, reciprocals, strict=True)
-        outputs = [
-            _by_row(values, timestep, grid, product, self.activation, reciprocal)
-            for values, grid, product, reciprocal in parts
-        ]
-        return torch.stack(outputs).sum(0) if len(outputs) > 2 else outputs[0].add_(outputs[1])
+        values = (x,) if len(self.encoders) == 1 else x.split(self.sizes, self.channels)
+        total: Tensor | None = None
+        for value, *modules in zip(values, self.lookups, self.encoders, self.multipliers, strict=True):
+            lookup, encoder, multiplier = modules
+            rows = lookup(timestep)
+            output = multiplier(encoder(value, rows), rows)
+            total = output if total is None else total.add_(output)
+        assert total is not None
+        return total
 
     def held_bytes(self) -> int:
         """Bytes of everything but the branch."""
-        tables = sum(grid.scale.numel() * 12 for grid in self.grids)
+        encoders = cast(Iterable[Encoder], self.encoders)
+        tables = sum(encoder.grid.scale.numel() * 12 for encoder in encoders)
         smoothing = 0 if self.reciprocal is None else 4 * self.reciprocal.numel()
         return tables + smoothing + sum(product.held_bytes() for product in self.products)
-
-    def _smoothed(self, x: Tensor) -> Tensor:
-        if self.reciprocal is None:
-            return x
-        return x * (self.reciprocal if self.geometry is None else self.reciprocal.view(-1, 1, 1))
-
-
-def _by_row(
-    x: Tensor,
-    timestep: Tensor | None,
-    grid: InputGrid,
-    product: Product,
-    activation: ActivationKernel,
-    reciprocal: Tensor | None,
-) -> Tensor:
-    """The product with the row of the grid that each sample's timestep asks for; samples of one row go together."""
-
-    def run(values: Tensor, row: int) -> Tensor:
-        scale, zero_point = grid.scale[row], grid.zero_point[row]
-        codes = activation(values, scale, zero_point.float(), torch.tensor(float(grid.quant_max)), reciprocal)
-        return product(codes, scale.item(), int(zero_point))
-
-    if grid.timesteps is None:
-        return run(x, 0)
-    index = grid.index(timestep, len(x))
-    rows = index.unique().tolist()
-    if len(rows) == 1:
-        return run(x, rows[0])
-    groups = [(index == row).nonzero()[:, 0] for row in rows]
-    outputs = torch.cat([run(x[group], row) for group, row in zip(groups, rows, strict=True)])
-    return torch.empty_like(outputs).index_copy_(0, torch.cat(groups), outputs)

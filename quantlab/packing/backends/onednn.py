@@ -6,6 +6,7 @@ the reference before it is used (``quantlab/packing/backends/verify.py``), never
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +44,21 @@ class OneDnnProduct:
     bias: Tensor | None
     geometry: ConvGeometry | None
 
+    @functools.cached_property
+    def _zero_points(self) -> Tensor:
+        """Of the int8 weights, which have none."""
+        return torch.zeros(len(self.scale), dtype=torch.int32)
+
     @classmethod
     def of(cls, part: IntegerPart, bias: Tensor | None, geometry: ConvGeometry | None) -> OneDnnProduct:
         """The product of a part.
 
         Raises:
-            NotExecutable: oneDNN refuses the weight.
+            NotExecutable: oneDNN refuses the weight, or its result is undefined: where a whole window of the kernel
+                lies in the padding, its sum is what the memory held before.
         """
+        if geometry is not None and _has_empty_window(geometry, part.weight.shape[2:]):
+            raise NotExecutable("a window of its kernel sees nothing but padding, of which oneDNN makes no 0")
         try:
             packed = tuple(_pack(piece, part.scale, geometry) for piece in int8_pieces(part.weight))
         except RuntimeError as error:
@@ -70,8 +79,7 @@ class OneDnnProduct:
         return weights + 4 * (2 if self.bias is not None else 1) * len(self.scale)
 
     def _product(self, codes: Tensor, scale: float, zero_point: int, packed: Tensor, bias: Tensor | None) -> Tensor:
-        zeros = torch.zeros(len(self.scale), dtype=torch.int32)
-        operands = (scale, zero_point, packed, self.scale, zeros, bias)
+        operands = (scale, zero_point, packed, self.scale, self._zero_points, bias)
         if self.geometry is None:
             rows = codes.reshape(-1, codes.shape[-1])
             output = torch.ops.onednn.qlinear_pointwise(rows, *operands, *_FLOAT_OUTPUT)
@@ -88,10 +96,13 @@ def int8_pieces(weight: Tensor) -> list[Tensor]:
     their products cancels nothing, and each has int32 accumulators of its own.
     """
     pieces: list[Tensor] = []
-    while not pieces or weight.any():
-        pieces.append(weight.clamp(-INT8_MAX - 1, INT8_MAX))
-        weight = weight - pieces[-1]
-    return [piece.to(torch.int8) for piece in pieces]
+    while True:
+        low, high = (int(end) for end in weight.aminmax())
+        if low >= -INT8_MAX - 1 and high <= INT8_MAX:
+            return [*pieces, weight.to(torch.int8)]
+        piece = weight.clamp(-INT8_MAX - 1, INT8_MAX)
+        pieces.append(piece.to(torch.int8))
+        weight = weight - piece
 
 
 def _pack(weight: Tensor, scale: Tensor, geometry: ConvGeometry | None) -> Tensor:
@@ -105,6 +116,12 @@ def _pack(weight: Tensor, scale: Tensor, geometry: ConvGeometry | None) -> Tenso
 
 def _places(geometry: ConvGeometry) -> tuple[list[int], list[int], list[int], int]:
     return list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups
+
+
+def _has_empty_window(geometry: ConvGeometry, kernel: tuple[int, ...]) -> bool:
+    """Whether the padding holds a whole window of the kernel."""
+    sides = zip(geometry.padding, geometry.dilation, kernel, strict=True)
+    return any(padding > dilation * (size - 1) for padding, dilation, size in sides)
 
 
 def _reason(error: RuntimeError) -> str:

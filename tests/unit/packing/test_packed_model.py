@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import ToyTask, affine, make_toy, silent, split_toy
 
 from quantlab.allocation.assign import AssignMethod, assign
@@ -35,9 +36,11 @@ from quantlab.contracts.sections import (
     Weights,
 )
 from quantlab.errors import ArtefactError, NonFiniteError, PackError
+from quantlab.execution import execute
 from quantlab.graph.capture import capture
 from quantlab.graph.sites import find_sites
 from quantlab.packing.file import PackedFile, read_packed, write_packed
+from quantlab.packing.network import build_network, describe_network
 from quantlab.packing.read import load_packed
 from quantlab.packing.write import Finished, pack
 from quantlab.stages.quantize import finalize_student
@@ -422,6 +425,42 @@ def test_a_new_process_and_a_pipeline_compute_the_same(tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
     assert images.shape == (1, 8, 8, 1)
+
+
+def test_a_network_is_built_without_values() -> None:
+    """Memory of weights that nothing has written is not used: the file brings them."""
+
+    class Drawn(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Drawn.calls += func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
+            return func(*args, **(kwargs or {}))
+
+    record = describe_network(unet(**TINY))
+    with Drawn():
+        build_network(record, None, torch.float32)
+        assert Drawn.calls == 0
+        unet(**TINY)
+        assert Drawn.calls > 0
+
+
+@torch.no_grad()
+def test_a_packed_file_in_integers(tmp_path: Path) -> None:
+    """From codes to integers without the float weights; the module is called as the pipeline calls it."""
+    student, _ = quantized_unet(unet(**TINY), 8, [3, 4, 5], {"return_dict": False})
+    path = tmp_path / "model.safetensors"
+    write_packed(path, packed_unet(student))
+    sample = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor([7, 900])
+    outputs = []
+    for keep_on_load, keep in ((True, True), (True, False), (False, False)):
+        integer = execute(load_packed(path, keep_packed=keep_on_load), compiled=False, keep_packed=keep)
+        assert all(entry.kernel != "simulated" for entry in integer.dispatch)
+        outputs.append(integer.module(sample, timestep).sample)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[2])
+    expected = student.run({"sample": sample, "timestep": timestep})
+    assert (outputs[0] - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 def test_the_cifar_unet_is_at_most_one_percent_above_its_bits(tmp_path: Path) -> None:
