@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import bit_search, fake_quant, integer_layers, integer_unet, layer_step, scale_search
+from benchmarks import bit_search, fake_quant, gpu, integer_layers, integer_unet, layer_step, scale_search
 from benchmarks.machine import ENVIRONMENT, machine
 from benchmarks.measure import Case, measured
 from benchmarks.table import markdown, write_tables
@@ -27,10 +27,11 @@ SECTIONS: Mapping[str, Callable[[bool], Iterator[Case]]] = {
 TABLES: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "integer-layers": integer_layers.main,
     "integer-unet": integer_unet.main,
+    "gpu": gpu.main,
 }
 """What has tables of its own: rounds -> what is kept of it."""
 INTEGER_RESULTS, DOCUMENT = Path("docs/results/performance/integer-execution.json"), Path("docs/performance.md")
-"""Where the sections of ``TABLES`` go when they alone are run, all of them and in full."""
+"""Where the sections of ``TABLES`` for a CPU go when they alone are run, all of them and in full."""
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     results: dict[str, object] = {"machine": machine(), "cases": []}
     cases: list[object] = []
     rounds = 3 if arguments.quick else arguments.rounds
-    if set(arguments.only) == set(TABLES) and not arguments.quick and arguments.output is None:
+    if set(arguments.only) == set(TABLES) - {"gpu"} and not arguments.quick and arguments.output is None:
         arguments.output, arguments.document = INTEGER_RESULTS, DOCUMENT
     for name in arguments.only:
         if name in TABLES:

@@ -28,6 +28,7 @@ from quantlab.packing.backends.dispatch import (
     loaded_bytes,
     lower_graph,
 )
+from quantlab.packing.backends.triton_activation import triton_activation_kernel
 from quantlab.packing.model import PackedModel, promised_output
 from quantlab.report.console import Console, make_console
 from quantlab.stages.evaluate import draw
@@ -65,8 +66,10 @@ def execute(
     layer's weight is ever float at a time.
 
     Args:
-        quantized: on the CPU, in float32; from ``quantize``, or from ``load_quantized`` of a packed file.
-        backend: "onednn", or "reference" for slow exact integers.
+        quantized: in float32, from ``quantize``, or from ``load_quantized`` of a packed file; on the CPU for "onednn"
+            and "reference".
+        backend: "onednn"; "cuda-int8" or "triton" for a model on a GPU, neither measured yet; or "reference" for slow
+            exact integers. The GPU's take a CPU too, for tests of their arithmetic.
         compiled: quantize activations by one compiled pass, where there is a compiler; the codes are the same.
         keep_packed: hold weights in their own bits instead of int8, and unpack those of a layer whenever it runs: less
             memory, slower, the same outputs to the bit.
@@ -109,13 +112,18 @@ def _lower(
     console: Console | None,
 ) -> tuple[Lowered, CapturedGraph]:
     console = console or make_console()
-    activation = activation_kernel() if compiled else ActivationKernel({})
+    activation = _activation(network) if compiled else ActivationKernel({})
     if activation.why:
         console.warn(activation.why)
     lowered, fused = lower_graph(network, graph, backend, activation, keep_packed)
     if any(entry.kernel is Kernel.SIMULATED for entry in lowered.dispatch):
         console.warn(dispatch_text(lowered.dispatch))
     return lowered, fused
+
+
+def _activation(network: nn.Module) -> ActivationKernel:
+    device = next((parameter.device.type for parameter in network.parameters()), "cpu")
+    return activation_kernel() if device == "cpu" else triton_activation_kernel(device)
 
 
 @dataclass(frozen=True)

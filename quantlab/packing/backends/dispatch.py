@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import torch
 from torch import nn
 
 from quantlab.graph.captured import CapturedGraph
 from quantlab.packing.backends.activation import ActivationKernel
 from quantlab.packing.backends.fuse import fuse
+from quantlab.packing.backends.int_mm import IntMmProduct, missing_int_mm
 from quantlab.packing.backends.integers import (
     IntegerSite,
     NotExecutable,
@@ -23,6 +25,8 @@ from quantlab.packing.backends.layers import IntegerLayer, Product
 from quantlab.packing.backends.onednn import OneDnnProduct, missing_operators
 from quantlab.packing.backends.packed import MakeProduct, PackedProduct
 from quantlab.packing.backends.reference import ReferenceProduct
+from quantlab.packing.backends.rows import RowsProduct
+from quantlab.packing.backends.triton_product import TritonProduct, missing_triton
 from quantlab.packing.backends.verify import verify
 from quantlab.quant.attention import QuantizedAttention
 from quantlab.quant.layers import QuantizedLayer
@@ -34,6 +38,10 @@ class Backend(StrEnum):
 
     ONEDNN = "onednn"
     """torch's oneDNN operators on a CPU."""
+    CUDA_INT8 = "cuda-int8"
+    """torch's product of int8 matrices, weights unpacked once: for a GPU; on a CPU slow, and a test."""
+    TRITON = "triton"
+    """A Triton kernel that unpacks weights in registers: for a GPU; on a CPU Triton's interpreter, and a test."""
     REFERENCE = "reference"
     """Plain torch integers: exact, slow, on every machine."""
 
@@ -42,8 +50,50 @@ class Kernel(StrEnum):
     """What a site is computed by."""
 
     ONEDNN = "onednn int8"
+    CUDA_INT8 = "int8 matrices"
+    TRITON = "triton tiles"
     REFERENCE = "reference int32"
     SIMULATED = "simulated"
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """How a backend makes products.
+
+    Attributes:
+        kernel: what they are called in the dispatch.
+        devices: kinds of device that it computes on.
+        missing: what it lacks here, "" when nothing.
+        product: makes the product of a part, with a bias, the geometry of a convolution, on a device.
+    """
+
+    kernel: Kernel
+    devices: tuple[str, ...]
+    missing: Callable[[], str]
+    product: Callable[..., Product]
+
+
+_ANY_DEVICE = ("cpu", "cuda")
+_MAKERS = {
+    Backend.ONEDNN: _Maker(
+        Kernel.ONEDNN,
+        ("cpu",),
+        missing_operators,
+        lambda part, bias, geometry, device: OneDnnProduct.of(part, bias, geometry),
+    ),
+    Backend.CUDA_INT8: _Maker(
+        Kernel.CUDA_INT8, _ANY_DEVICE, missing_int_mm, functools.partial(RowsProduct.of, matrix=IntMmProduct.of)
+    ),
+    Backend.TRITON: _Maker(
+        Kernel.TRITON, _ANY_DEVICE, missing_triton, functools.partial(RowsProduct.of, matrix=TritonProduct.of)
+    ),
+    Backend.REFERENCE: _Maker(
+        Kernel.REFERENCE,
+        ("cpu",),
+        lambda: "",
+        lambda part, bias, geometry, device: ReferenceProduct(part, bias, geometry),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -92,17 +142,18 @@ def lower(network: nn.Module, backend: Backend, activation: ActivationKernel, ke
     The copy is made around the new layers: their float weights are never copied.
 
     Args:
-        network: with quantized layers, on the CPU.
+        network: with quantized layers.
         backend: what computes the products.
         activation: quantizes the inputs.
         keep_packed: hold weights in their own bits, and unpack those of a layer whenever it runs.
     """
-    missing = missing_operators() if backend is Backend.ONEDNN else ""
+    maker = _MAKERS[backend]
+    missing = maker.missing()
     dispatch: list[SiteDispatch] = []
     made: dict[int, object] = {}
     for path, module in network.named_modules():
         if isinstance(module, QuantizedLayer):
-            entry, layer = _lower_layer(path, module, backend, activation, keep_packed, missing)
+            entry, layer = _lower_layer(path, module, maker, activation, keep_packed, missing)
             dispatch.append(entry)
             if layer is not None:
                 made[id(module)] = layer
@@ -117,26 +168,31 @@ def lower(network: nn.Module, backend: Backend, activation: ActivationKernel, ke
 
 
 def _lower_layer(
-    path: str, layer: QuantizedLayer, backend: Backend, activation: ActivationKernel, keep_packed: bool, missing: str
+    path: str, layer: QuantizedLayer, maker: _Maker, activation: ActivationKernel, keep_packed: bool, missing: str
 ) -> tuple[SiteDispatch, IntegerLayer | None]:
     try:
         if missing:
             raise NotExecutable(missing)
-        if layer.weight.device.type != "cpu":
-            raise NotExecutable(f"it is on {layer.weight.device}, and the kernels are for the CPU")
-        site = integers_of(layer)
-        built = IntegerLayer(site, _products(site, backend, keep_packed), activation, layer.smoothing, layer.branch)
+        device = layer.weight.device
+        if device.type not in maker.devices:
+            raise NotExecutable(f"it is on {device}, and this backend computes on {' or '.join(maker.devices)}")
+        # Integers are read and proved on the CPU; only products live on the device.
+        site = integers_of(layer if device.type == "cpu" else copy.deepcopy(layer).cpu())
+        products = _products(site, maker, device, keep_packed)
+        built = IntegerLayer(site, products, activation, layer.smoothing, layer.branch, device)
         built.train(layer.training)
         verify(built, site, layer.input_channels, tuple(layer.weight.shape[2:]))
     except NotExecutable as reason:
         return SiteDispatch(path, Kernel.SIMULATED, str(reason)), None
-    kernel = Kernel.ONEDNN if backend is Backend.ONEDNN else Kernel.REFERENCE
-    return SiteDispatch(path, kernel, _cost(built)), built
+    return SiteDispatch(path, maker.kernel, _cost(built)), built
 
 
-def _products(site: IntegerSite, backend: Backend, keep_packed: bool) -> list[Product]:
-    make: MakeProduct = OneDnnProduct.of if backend is Backend.ONEDNN else ReferenceProduct
-    if keep_packed:
+def _products(site: IntegerSite, maker: _Maker, device: torch.device, keep_packed: bool) -> list[Product]:
+    make: MakeProduct = functools.partial(maker.product, device=device)
+    # Tiles are packed anyway.
+    if keep_packed and maker.kernel is not Kernel.TRITON:
+        if device.type != "cpu":
+            raise NotExecutable(f"on {device} weights stay packed in the backend {Backend.TRITON} alone")
         make = functools.partial(PackedProduct.of, make)
     # The bias is added once.
     return [make(part, site.bias if position == 0 else None, site.geometry) for position, part in enumerate(site.parts)]
@@ -148,8 +204,15 @@ def _cost(layer: IntegerLayer) -> str:
     pieces = max(len(product.packed) if isinstance(product, OneDnnProduct) else 1 for product in layer.products)
     notes += ["unpacked at every call"] if isinstance(layer.products[0], PackedProduct) else []
     notes += [f"weights beyond int8 take {pieces} products"] if pieces > 1 else []
+    notes += ["a convolution through its patches"] if _is_through_patches(layer) else []
     notes += ["a low-rank product in float"] if layer.branch is not None else []
     return "; ".join(notes)
+
+
+def _is_through_patches(layer: IntegerLayer) -> bool:
+    return any(
+        isinstance(product, RowsProduct) and any(size > 1 for size in product.kernel) for product in layer.products
+    )
 
 
 def dispatch_text(dispatch: Sequence[SiteDispatch]) -> str:

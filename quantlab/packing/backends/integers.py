@@ -57,7 +57,7 @@ class InputGrid:
         if self.timesteps is None:
             return ONE_ROW
         assert timestep is not None, "the engine threads the timestep to every layer"
-        index = nearest_index(self.timesteps, timestep)
+        index = nearest_index(self.timesteps, timestep.to(self.timesteps.device))
         found = index.unique().tolist()
         if len(found) == 1:
             return ((found[0], None),)
@@ -79,7 +79,7 @@ class InputGrid:
         if self.timesteps is None:
             return torch.zeros(samples, dtype=torch.int64)
         assert timestep is not None, "the engine threads the timestep to every layer"
-        return nearest_index(self.timesteps, timestep)
+        return nearest_index(self.timesteps, timestep.to(self.timesteps.device))
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,11 @@ def integers_of(layer: QuantizedLayer) -> IntegerSite:
             points are free floats, an accumulator could leave int32, or the layer does not compute in float32.
     """
     if layer.weight.dtype != torch.float32:
-        raise NotExecutable(f"it computes in {str(layer.weight.dtype).removeprefix('torch.')}, not in float32")
+        dtype = str(layer.weight.dtype).removeprefix("torch.")
+        raise NotExecutable(
+            f"it computes in {dtype}, not in float32: what its simulation multiplies is rounded to {dtype}, "
+            "and integers are not; quantize in float32"
+        )
     if layer.adapter is not None:
         raise NotExecutable("its adapter is not merged into the weight")
     if layer.weight_quantizer is None or layer.input_quantizer is None:

@@ -113,7 +113,7 @@ class Multiplier(nn.Module):
         parts = [(samples, self.product(codes[samples], *self._rows[row])) for row, samples in rows]
         outputs = torch.cat([output for _, output in parts])
         order = torch.cat([samples for samples, _ in parts if samples is not None])
-        return torch.empty_like(outputs).index_copy_(0, order, outputs)
+        return torch.empty_like(outputs).index_copy_(0, order.to(outputs.device), outputs)
 
 
 def smoothed(x: Tensor, reciprocal: Tensor, channels: int) -> Tensor:
@@ -133,6 +133,7 @@ class IntegerLayer(nn.Module):
         activation: quantizes the inputs.
         smoothing: of the inputs [in], or None.
         branch: a low-rank product in float, or None.
+        device: of the inputs; tables of scales stay on the CPU, where they are looked up.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class IntegerLayer(nn.Module):
         activation: ActivationKernel,
         smoothing: Tensor | None,
         branch: LowRankBranch | None,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.sizes, self.channels = site.sizes, -1 if site.geometry is None else 1
@@ -161,8 +163,8 @@ class IntegerLayer(nn.Module):
         )
         self.branch = None if branch is None else _Branch(branch, site.geometry)
         shape = (len(site.parts[0].weight), sum(site.sizes), *site.parts[0].weight.shape[2:])
-        self.weight = torch.full((), torch.nan).expand(shape)
-        self.bias = site.bias
+        self.weight = torch.full((), torch.nan, device=device).expand(shape)
+        self.bias = None if site.bias is None else site.bias.to(device)
 
     @property
     def products(self) -> list[Product]:

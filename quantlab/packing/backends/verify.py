@@ -25,11 +25,12 @@ def verify(layer: IntegerLayer, site: IntegerSite, columns: int, kernel: tuple[i
     """
     x, timestep = _probe(site, columns, kernel)
     expected = simulate(site, x, timestep)
+    x = x.to(layer.weight.device)
     if layer.reciprocal is not None:
         # Rounding here moves no value out of the middle of its code.
         x = x / layer.reciprocal.view(-1, *(1,) * (x.dim() - 2))
     try:
-        found = layer.integer_part(x, timestep)
+        found = layer.integer_part(x, timestep).cpu()
     except RuntimeError as error:
         raise NotExecutable(f"the operator refuses it: {str(error).splitlines()[0]}") from error
     error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()

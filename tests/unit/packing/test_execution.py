@@ -14,7 +14,7 @@ from quantlab.models.builtin import BuiltinConfig, BuiltinSource
 from quantlab.packing.backends.onednn import missing_operators
 from quantlab.report.console import make_console
 
-BACKENDS = ["reference"] if missing_operators() else ["reference", "onednn"]
+BACKENDS = ["reference", "cuda-int8"] if missing_operators() else ["reference", "cuda-int8", "onednn"]
 QUIET = make_console(quiet=True)
 
 

@@ -13,14 +13,18 @@ from quantlab.packing.backends.dispatch import Backend, Kernel, dispatch_text, l
 from quantlab.packing.backends.integers import NotExecutable, integers_of
 from quantlab.packing.backends.onednn import OneDnnProduct, int8_pieces, missing_operators
 from quantlab.packing.backends.reference import accumulate, input_codes
+from quantlab.packing.backends.triton_product import missing_triton
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear, to_quantized
 from quantlab.quant.quantizers import AffineConfig, AffineQuantizer
 from quantlab.quant.split import SplitQuantizer
 
 TOLERANCE = 5e-7
 PLAIN = ActivationKernel({})
-BACKENDS = [Backend.REFERENCE] if missing_operators() else list(Backend)
+BACKENDS = [Backend.REFERENCE] if missing_operators() else [Backend.REFERENCE, Backend.ONEDNN]
 backends = pytest.mark.parametrize("backend", BACKENDS)
+INT8 = [Backend.CUDA_INT8] if missing_triton() else [Backend.CUDA_INT8, Backend.TRITON]
+"""A GPU's, here on the CPU; the kernel of the second in an interpreter."""
+all_backends = pytest.mark.parametrize("backend", [*BACKENDS, *INT8])
 
 
 def affine(bits: int | Tensor, *, per_timestep: bool = False, rounded: bool = True) -> AffineQuantizer:
@@ -86,7 +90,7 @@ def test_convolutions_of_mixed_widths(shape: tuple[int, ...]) -> None:
     x = torch.randn(batch, inputs * groups, size, size + 1, generator=rng)
     layer = nn.Conv2d(inputs * groups, outputs * groups, kernel, stride, padding, dilation, groups)
     made = quantized(layer, x, rng)
-    for backend in BACKENDS:
+    for backend in [*BACKENDS, Backend.CUDA_INT8] if groups == 1 else BACKENDS:
         if backend is Backend.ONEDNN and padding > dilation * (kernel - 1):
             (entry,) = lower(nn.ModuleDict({"layer": made}), backend, PLAIN).dispatch
             assert entry.kernel is Kernel.SIMULATED and "nothing but padding" in entry.why
@@ -100,7 +104,7 @@ def test_linear_layers_of_mixed_widths(inputs: int, outputs: int, input_bits: in
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, inputs, generator=rng)
     made = quantized(nn.Linear(inputs, outputs, bias), x, rng, input_bits=input_bits)
-    for backend in BACKENDS:
+    for backend in [*BACKENDS, Backend.CUDA_INT8]:
         check(made, x, backend)
 
 
@@ -164,7 +168,7 @@ def test_zero_points_outside_the_codes(backend: Backend, low: float) -> None:
     check(made, x, backend)
 
 
-@backends
+@all_backends
 def test_a_batch_of_several_timesteps(backend: Backend) -> None:
     rng = torch.Generator().manual_seed(2)
     timestep = torch.tensor([901, 1, 301, 301, 1])
@@ -175,7 +179,7 @@ def test_a_batch_of_several_timesteps(backend: Backend) -> None:
     check(made, x, backend, torch.full((5,), 500))
 
 
-@backends
+@all_backends
 @pytest.mark.parametrize("conv", [True, False], ids=["conv", "linear"])
 def test_split_inputs_smoothing_and_branch(backend: Backend, conv: bool) -> None:
     rng = torch.Generator().manual_seed(3)
@@ -240,7 +244,7 @@ def own_rounding(layer: QuantizedLinear) -> None:
     layer.input_quantizer.__class__ = Floor
 
 
-@backends
+@all_backends
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -248,9 +252,10 @@ def own_rounding(layer: QuantizedLinear) -> None:
         (lambda layer: setattr(layer, "input_quantizer", None), "its input stays float"),
         (free_zero_points, "zero points of its weight are free floats"),
         (own_rounding, '"floor" of its input rounds in its own way'),
-        (lambda layer: layer.double(), "float64"),
+        (lambda layer: layer.double(), "it computes in float64, not in float32"),
+        (lambda layer: layer.bfloat16(), "it computes in bfloat16, not in float32"),
     ],
-    ids=["float weight", "float input", "free zero points", "own rounding", "float64"],
+    ids=["float weight", "float input", "free zero points", "own rounding", "float64", "bfloat16"],
 )
 def test_what_is_not_exact_stays_simulated(backend: Backend, change, why: str) -> None:
     network = two_layers(torch.Generator().manual_seed(5))
@@ -268,6 +273,36 @@ def test_a_machine_without_the_operators(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("quantlab.packing.backends.onednn._OPERATORS", ("qlinear_of_tomorrow",))
     lowered = lower(two_layers(torch.Generator().manual_seed(6)), Backend.ONEDNN, PLAIN)
     assert [entry.why for entry in lowered.dispatch] == ["this torch has no qlinear_of_tomorrow"] * 2
+
+
+def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantlab.packing.backends.triton_product.find_spec", lambda name: None)
+    lowered = lower(two_layers(torch.Generator().manual_seed(6)), Backend.TRITON, PLAIN)
+    assert all(entry.kernel is Kernel.SIMULATED and "quantlab[gpu]" in entry.why for entry in lowered.dispatch)
+
+
+def test_a_layer_on_another_device() -> None:
+    network = two_layers(torch.Generator().manual_seed(6))
+    network["changed"].to("meta")
+    changed, kept = lower(network, Backend.ONEDNN if Backend.ONEDNN in BACKENDS else Backend.REFERENCE, PLAIN).dispatch
+    assert changed.why == "it is on meta, and this backend computes on cpu"
+    assert kept.kernel is not Kernel.SIMULATED
+
+
+def test_what_a_gpu_backend_pays_is_told() -> None:
+    rng = torch.Generator().manual_seed(6)
+    x = torch.randn(1, 4, 5, 5, generator=rng)
+    layers = {
+        "kernel of 3": nn.Conv2d(4, 3, 3),
+        "kernel of 1": nn.Conv2d(4, 3, 1),
+        "grouped": nn.Conv2d(4, 4, 3, groups=2),
+    }
+    network = nn.ModuleDict({name: quantized(layer, x, rng) for name, layer in layers.items()})
+    lowered = lower(network, Backend.CUDA_INT8, PLAIN)
+    three, one, grouped = lowered.dispatch
+    assert three.kernel is Kernel.CUDA_INT8 and three.why == "a convolution through its patches"
+    assert one.kernel is Kernel.CUDA_INT8 and not one.why
+    assert grouped.kernel is Kernel.SIMULATED and "grouped" in grouped.why
 
 
 @pytest.mark.parametrize("wrong", ["noise", "saturated", "refusal"])
