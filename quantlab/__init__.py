@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quant import Observer, PerChannel, PerTensor, QParams, QuantSpec
     from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.reporter import Curve, MethodResult, Reporter, RunEnd, RunStart, RunStatus
     from quantlab.contracts.sampler import CalibrationPairs, CalibrationSampler, SamplerProblem
     from quantlab.contracts.schedule import LossConfig, Schedule
     from quantlab.contracts.scores import Operand, OutputFamily, Score, ScoreRequest
@@ -98,6 +99,7 @@ _NAMES = {
     "contracts.passes": "SmoothingPass",
     "contracts.quant": "Observer PerChannel PerTensor QParams QuantSpec",
     "contracts.quantizer": "Quantizer",
+    "contracts.reporter": "Curve MethodResult Reporter RunEnd RunStart RunStatus",
     "contracts.sampler": "CalibrationPairs CalibrationSampler SamplerProblem",
     "contracts.schedule": "LossConfig Schedule",
     "contracts.scores": "Operand OutputFamily Score ScoreRequest",
@@ -159,6 +161,7 @@ __all__ = [
     "Correction",
     "CorrectionData",
     "CorrectionStep",
+    "Curve",
     "Evidence",
     "ExecutionQuality",
     "FittedCorrection",
@@ -172,6 +175,7 @@ __all__ = [
     "Loss",
     "LossConfig",
     "Method",
+    "MethodResult",
     "Model",
     "ModelError",
     "NonFiniteError",
@@ -196,9 +200,13 @@ __all__ = [
     "RecipeError",
     "Reference",
     "Registry",
+    "Reporter",
     "Resource",
+    "RunEnd",
     "RunOptions",
     "RunResult",
+    "RunStart",
+    "RunStatus",
     "SampleSet",
     "SamplerProblem",
     "Sampling",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class QuantlabError(Exception):
@@ -18,7 +19,7 @@ class QuantlabError(Exception):
         next_step: what to do now.
     """
 
-    exit_code = 1
+    exit_code: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -29,7 +30,11 @@ class QuantlabError(Exception):
         allowed: str | None = None,
         next_step: str | None = None,
     ) -> None:
-        self.what, self.where, self.got, self.allowed, self.next_step = what, where, got, allowed, next_step
+        self.what: str = what
+        self.where: str | None = where
+        self.got: object = got
+        self.allowed: str | None = allowed
+        self.next_step: str | None = next_step
         super().__init__(self.message)
 
     @property
@@ -45,7 +50,7 @@ class QuantlabError(Exception):
 class RecipeError(QuantlabError):
     """A recipe, or an option given on the command line, is wrong."""
 
-    exit_code = 2
+    exit_code: ClassVar[int] = 2
 
 
 class PluginError(QuantlabError):
@@ -69,7 +74,9 @@ class PluginError(QuantlabError):
         came_from: str | None = None,
         chosen_at: str | None = None,
     ) -> None:
-        self.plugin, self.came_from, self.chosen_at = plugin, came_from, chosen_at
+        self.plugin: type | None = plugin
+        self.came_from: str | None = came_from
+        self.chosen_at: str | None = chosen_at
         super().__init__(what, where=where, got=got, allowed=allowed, next_step=next_step)
 
     @property

@@ -12,8 +12,8 @@ first looked up, so heavy imports belong inside them: listing methods then stays
 Every class has
 
 - ``name``: how recipes call it, in lower case with dashes;
-- ``Config``: a ``quantlab.Strict`` model of its options, checked when the recipe is read (sources, passes, policies,
-  samplers, quantizers, losses, tuners and corrections);
+- ``Config``: a ``quantlab.Strict`` model of its options, checked when the recipe or the command line that chooses it
+  is read;
 - ``paper``: where it was published, or None;
 - ``version``: an integer, raised whenever its numbers change, so that stored results are not reused;
 - a docstring whose first line ``quantlab list`` prints.
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from quantlab.contracts.method import Method
     from quantlab.contracts.passes import SmoothingPass
     from quantlab.contracts.quantizer import Quantizer
+    from quantlab.contracts.reporter import Reporter
     from quantlab.contracts.sampler import CalibrationSampler
     from quantlab.contracts.tuning import Loss, Tuner
 
@@ -53,8 +54,8 @@ API_ATTRIBUTE = "quantlab_api"
 API_CHANGES: Mapping[int, str] = {}
 """What a plugin has to change to come to a version from the one before it."""
 
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
+hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
+hookimpl: pluggy.HookimplMarker = pluggy.HookimplMarker(PROJECT)
 """Marks a plugin's function as the implementation of the hook of the same name."""
 
 
@@ -167,6 +168,17 @@ def quantlab_metrics() -> Iterable[type]:  # type: ignore[empty-body]
     engine builds it with its Config, looks whether the model has what the class ``needs``, calls ``require(task)``
     before anything is computed and ``compute(samples)`` for each method; it returns one or more named values, none of
     them NaN.
+    """
+
+
+@hookspec
+def quantlab_reporters() -> Iterable[type[Reporter]]:  # type: ignore[empty-body]
+    """Reporters: where the record of a run is kept besides its folder; ``quantlab run --report-to``.
+
+    The engine builds the class with its Config, calls ``require()`` before anything is computed and ``begin(start)``
+    when the run has its folder, then for each method ``curve(curve)`` for every loss of its tuners and
+    ``result(result)``, and at last ``end(end)``, with how the run ended, also when it failed or was stopped. A reporter
+    stands in no recipe and changes no number; what it raises after ``begin`` is a warning.
     """
 
 

@@ -13,6 +13,7 @@ from quantlab.bench import bench, launcher_for
 from quantlab.plugins import Registry, load_registry
 from quantlab.recipe.explain import explain
 from quantlab.recipe.load import LoadedRecipe, load_recipe
+from quantlab.recipe.reporters import reporter_choices
 from quantlab.report.console import make_console
 from quantlab.run import RunOptions, RunResult, run
 
@@ -50,14 +51,28 @@ class Recipe:
         return cls(load_recipe(path_or_name, overrides, registry, profile))
 
     def run(
-        self, runs_dir: str | Path = RUNS, device: str = "cpu", dtype: str = "float32", *, quiet: bool = False
+        self,
+        runs_dir: str | Path = RUNS,
+        device: str = "cpu",
+        dtype: str = "float32",
+        *,
+        report_to: Sequence[str] = (),
+        quiet: bool = False,
     ) -> RunResult:
         """Quantize and measure, as ``quantlab run`` does; stages that are in ``runs_dir`` are not computed again.
+
+        Args:
+            runs_dir: of run folders and stored stages.
+            device: "cpu", "cuda", ...
+            dtype: "float32", "bfloat16" or "float16".
+            report_to: who keeps a record of the run, "mlflow" or "mlflow: {experiment: digits}".
+            quiet: say nothing.
 
         Raises:
             QuantlabError: what went wrong, and what to do next.
         """
-        return run(self.loaded, RunOptions(Path(runs_dir), device, dtype, False, make_console(quiet=quiet)))
+        reporters = reporter_choices(report_to, self.loaded.registry)
+        return run(self.loaded, RunOptions(Path(runs_dir), device, dtype, False, make_console(quiet=quiet), reporters))
 
     def plan(self) -> str:
         """Sites, bits, size and bit operations as text, as ``--dry-run`` prints them; nothing is computed."""
@@ -88,11 +103,19 @@ class Bench:
         """The cells with these values alone: ``where("seed=1", "method=mse")``."""
         return replace(self, only=(*self.only, *only))
 
-    def run(self, runs_dir: str | Path = RUNS, jobs: int = 1, *, quiet: bool = False) -> BenchResult:
+    def run(
+        self, runs_dir: str | Path = RUNS, jobs: int = 1, *, report_to: Sequence[str] = (), quiet: bool = False
+    ) -> BenchResult:
         """Run every cell that has no result yet, as ``quantlab bench`` does.
+
+        Args:
+            runs_dir: of run folders and stored stages.
+            jobs: processes, each with one cell and one thread.
+            report_to: who keeps a record of each cell's run, as of a recipe.
+            quiet: say nothing.
 
         Raises:
             RecipeError: the bench or one of its cells is wrong; a cell that fails is told in the result instead.
         """
-        launcher = launcher_for(jobs, self.registry)
-        return bench(self.path_or_name, self.registry, Path(runs_dir), make_console(quiet=quiet), self.only, launcher)
+        launcher, console = launcher_for(jobs, self.registry), make_console(quiet=quiet)
+        return bench(self.path_or_name, self.registry, Path(runs_dir), console, self.only, launcher, report_to)

@@ -45,6 +45,7 @@ class Kind(StrEnum):
     LOSS = "loss"
     CORRECTION = "correction"
     METRIC = "metric"
+    REPORTER = "reporter"
 
     @property
     def plural(self) -> str:
@@ -63,6 +64,7 @@ HOOKS: Mapping[Kind, str] = {
     Kind.LOSS: "quantlab_losses",
     Kind.CORRECTION: "quantlab_corrections",
     Kind.METRIC: "quantlab_metrics",
+    Kind.REPORTER: "quantlab_reporters",
 }
 """The hook of each kind."""
 
@@ -98,8 +100,8 @@ class Registry:
     """The classes and methods of every plugin, by kind and name; a kind is asked for when it is first needed."""
 
     manager: pluggy.PluginManager
-    broken: list[Broken] = field(default_factory=list)
-    _entries: dict[Kind, Mapping[str, Entry]] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list[Broken])
+    _entries: dict[Kind, Mapping[str, Entry]] = field(default_factory=dict[Kind, Mapping[str, Entry]])
     paths: tuple[Path, ...] = ()  # the folders of plugins that are not installed, for a process that needs the same
 
     def entries(self, kind: Kind) -> Mapping[str, Entry]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from markupsafe import escape
@@ -12,6 +13,7 @@ from markupsafe import escape
 from quantlab.allocation.cost import planned_cost, student_cost
 from quantlab.allocation.plan import Plan, mean_weight_bits
 from quantlab.contracts.model import Outcome, Task
+from quantlab.contracts.sections import Choice
 from quantlab.contracts.site import Site
 from quantlab.errors import RecipeError
 from quantlab.evaluation.features import feature_identity
@@ -30,7 +32,8 @@ from quantlab.stages import classify, correct, describe, evaluate, inspect, pack
 from quantlab.stages.context import RunContext
 from quantlab.stages.denoiser import require_denoiser
 from quantlab.stages.kinds import evaluation_of
-from quantlab.stages.outcome import Measured, Protocol, outcome_of, require_outcome
+from quantlab.stages.outcome import Evaluation, Measured, Protocol, outcome_of, require_outcome
+from quantlab.stages.reporting import Reporting, make_reporters, recipe_digest, reporting, run_start
 from quantlab.store import JSON, RunFolder, Store, WatchedRun, create_run, digest_of
 
 
@@ -44,7 +47,8 @@ class RunOptions:
         dtype: "float32", "bfloat16" or "float16".
         dry_run: stop after the plan.
         console: whom to tell.
-        processes: that share the run.
+        reporters: who keeps a record of the run, with checked options.
+        processes: that share the run; the first one reports.
     """
 
     runs_dir: Path
@@ -52,6 +56,7 @@ class RunOptions:
     dtype: str
     dry_run: bool
     console: Console
+    reporters: tuple[Choice, ...] = ()
     processes: Processes = ALONE
 
 
@@ -98,10 +103,19 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     kind.require(loaded.registry, task, recipe.evaluate)
     if processes.count > 1:
         console.info(f"{processes.count} processes, on {', '.join(processes.everyone(device))}")
+    reporters = make_reporters(options.reporters, loaded.registry) if processes.first else []
     folder = run_folder(recipe, options)
     context = RunContext(Store(options.runs_dir, console.info), folder, loaded.registry, console, processes)
-    describe.begin(context, loaded, device, options.dtype)
+    environment = describe.begin(context, loaded, device, options.dtype)
+    with reporting(reporters, run_start(loaded, folder.path, environment), console) as told:
+        return _measured(loaded, task, kind, context, told)
 
+
+def _measured(
+    loaded: LoadedRecipe, task: Task, kind: type[Evaluation[Any]], context: RunContext, told: Reporting
+) -> RunResult:
+    """Every method of the recipe, from the capture of the model to the files at the end."""
+    recipe, folder, console = loaded.recipe, context.folder, context.console
     captured = prepare.capture(context, task)
     float_model = FloatModel.of(task.network)
     plan = prepare.plan(captured.sites, recipe, loaded.origin, task.protect, captured.uncovered)
@@ -117,12 +131,14 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
 
     measured = evaluation.measure(None, "float")
     rows = [float_row(recipe, measured, float_model, protocol, evaluation.other_noise())]
+    told.row(rows[0])
     images = [(FULL_PRECISION, measured.images)]
     for method in methods_of(recipe):
         arm = for_method(loaded, method)
         plan = prepare.plan(captured.sites, arm, loaded.origin, task.protect, captured.uncovered)
         assigned = quantize.assign_bits(context, captured, calibrated, plan, arm, method)
         tuned = quantize.tune(context, captured, calibrated, assigned, arm, method)
+        told.curves(method, tuned, arm)
         final = quantize.finalize(context, tuned, method, arm.pack)
         inspect.inspect_sites(context, captured, calibrated, final, method)
         final = correct.correct(context, captured, calibrated, final, arm, method)
@@ -132,8 +148,9 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
         # A classifier is calibrated on images of its data, whatever the method does with them.
         data_free = kind.outcome is Outcome.IMAGES and loaded.registry.method(method).data_free
         rows.append(quantized_row(arm, plan, final, measured, float_model, seconds, protocol, data_free))
+        told.row(rows[-1], arm, plugin_versions(arm, loaded.registry))
         images.append((method, measured.images))
-    if processes.first:
+    if context.processes.first:
         describe.finish(context, loaded, rows, images, coverage)
     text = f"{markdown(rows)}\n\nsimulated in float; speed is not measured\n{coverage}\nrun folder: {folder.path}"
     return RunResult(folder.path, tuple(rows), text)
@@ -144,7 +161,7 @@ def run_folder(recipe: Recipe, options: RunOptions) -> RunFolder:
     processes = options.processes
     if not processes.first:
         return WatchedRun(processes.tell(Path()))
-    folder = create_run(options.runs_dir, recipe.name, digest_of(recipe.settings()))
+    folder = create_run(options.runs_dir, recipe.name, recipe_digest(recipe))
     processes.tell(folder.path)
     return folder
 

@@ -134,9 +134,17 @@ def toy_registry() -> Registry:
     return registry
 
 
-def run_toy(root: Path, name: str, *overrides: str, dry_run: bool = False, processes: Processes = ALONE) -> RunResult:
+def run_toy(
+    root: Path,
+    name: str,
+    *overrides: str,
+    dry_run: bool = False,
+    report_to: Sequence[str] = (),
+    processes: Processes = ALONE,
+) -> RunResult:
     """Run a small recipe on one of the two."""
     from quantlab.recipe.load import load_recipe
+    from quantlab.recipe.reporters import reporter_choices
 
     recipe = root / "toy.yaml"
     recipe.write_text(
@@ -145,5 +153,6 @@ def run_toy(root: Path, name: str, *overrides: str, dry_run: bool = False, proce
         "evaluate: {samples: 40, batch: 16, grid: 4}\n"
     )
     loaded = load_recipe(str(recipe), overrides, toy_registry())
+    reporters = reporter_choices(report_to, loaded.registry)
     console = make_console(quiet=True, silent=not processes.first)
-    return run(loaded, RunOptions(root / "runs", "cpu", "float32", dry_run, console, processes))
+    return run(loaded, RunOptions(root / "runs", "cpu", "float32", dry_run, console, reporters, processes))

@@ -60,6 +60,7 @@ class CellJob:
         folder: the working folder, which a recipe's own paths start from.
         runs_dir: of run folders and stored stages, shared by all cells.
         result: the file to write.
+        reporters: who keeps a record of its run, as after ``--report-to``.
     """
 
     title: str
@@ -71,6 +72,7 @@ class CellJob:
     folder: str
     runs_dir: str
     result: str
+    reporters: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """As one line of JSON."""
@@ -80,7 +82,8 @@ class CellJob:
     def from_json(text: str) -> CellJob:
         """The inverse of ``to_json``."""
         found = json.loads(text)
-        return CellJob(**{**found, "overrides": tuple(found["overrides"]), "plugins": tuple(found["plugins"])})
+        lists = ("overrides", "plugins", "reporters")
+        return CellJob(**{**found, **{name: tuple(found[name]) for name in lists}})
 
 
 def cells(bench_path: Path, registry: Registry) -> list[Cell]:
@@ -126,7 +129,7 @@ def choose(known: Sequence[Cell], only: Sequence[str], path: Path) -> list[Cell]
     return chosen
 
 
-def job_of(cell: Cell, bench_file: BenchFile, folder: Path, runs_dir: Path) -> CellJob:
+def job_of(cell: Cell, bench_file: BenchFile, folder: Path, runs_dir: Path, reporters: Sequence[str] = ()) -> CellJob:
     """The cell as data; its paths are absolute."""
     return CellJob(
         title=cell.title,
@@ -138,6 +141,7 @@ def job_of(cell: Cell, bench_file: BenchFile, folder: Path, runs_dir: Path) -> C
         folder=str(Path.cwd()),
         runs_dir=str(runs_dir.resolve()),
         result=str((folder / f"{cell.file_name}.json").resolve()),
+        reporters=tuple(reporters),
     )
 
 

@@ -13,7 +13,9 @@ from quantlab.bench.launch import InProcess, Launcher
 from quantlab.bench.result import BenchResult, collect, forget_failure, save_page, write_failure
 from quantlab.plugins import Registry
 from quantlab.recipe.find import find_recipe, recipe_name
+from quantlab.recipe.reporters import reporter_choices
 from quantlab.report.console import Console
+from quantlab.stages.reporting import make_reporters
 
 
 def bench(
@@ -23,6 +25,7 @@ def bench(
     console: Console,
     only: Sequence[str] = (),
     launcher: Launcher | None = None,
+    report_to: Sequence[str] = (),
 ) -> BenchResult:
     """Run every cell that has no result file yet; a failing cell is told and the others go on.
 
@@ -37,9 +40,10 @@ def bench(
         console: whom to tell.
         only: "seed=1": the cells with this value alone.
         launcher: who runs the cells; this process, one after the other, without it.
+        report_to: reporters of each cell's run, "mlflow" or "mlflow: {experiment: digits}".
     """
     path = find_recipe(name)
-    return run_matrix(read_bench(path), recipe_name(path), path, registry, runs_dir, console, only, launcher)
+    return run_matrix(read_bench(path), recipe_name(path), path, registry, runs_dir, console, only, launcher, report_to)
 
 
 def run_matrix(
@@ -51,8 +55,10 @@ def run_matrix(
     console: Console,
     only: Sequence[str] = (),
     launcher: Launcher | None = None,
+    report_to: Sequence[str] = (),
 ) -> BenchResult:
     """As ``bench``, of a bench that is read already; relative recipes lie beside ``path``, its file."""
+    make_reporters(reporter_choices(report_to, registry), registry)  # what is missing is told before anything runs
     known = expand(bench_file, path, registry)
     chosen = choose(known, only, path)
     folder = Path(bench_file.results)
@@ -60,7 +66,7 @@ def run_matrix(
     folder.mkdir(parents=True, exist_ok=True)
     todo = {}
     for cell in chosen:
-        job = job_of(cell, bench_file, folder, runs_dir)
+        job = job_of(cell, bench_file, folder, runs_dir, report_to)
         if not Path(job.result).exists():
             todo[job.result] = (job, cell)
             forget_failure(folder, cell)

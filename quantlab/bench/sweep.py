@@ -38,6 +38,7 @@ class Sweep:
         profile: of the recipe.
         by: the metric.
         results: folder of the result files.
+        report_to: reporters of each cell's run, as of a bench.
     """
 
     recipe: str
@@ -47,6 +48,7 @@ class Sweep:
     profile: str | None
     by: str
     results: Path
+    report_to: Sequence[str] = ()
 
     def bench_file(self) -> BenchFile:
         """The sweep as a bench."""
@@ -119,7 +121,7 @@ def sweep(
         raise RecipeError("a sweep varies a budget", next_step="for example --weight-bits 2,3,4 --activation-bits 4")
     sign = 1 if direction(wanted.by) is Better.LOWER else -1
     title = f"{recipe_name(find_recipe(wanted.recipe))}, sweep"
-    result = run_matrix(wanted.bench_file(), title, Path(), registry, runs_dir, console, (), launcher)
+    result = run_matrix(wanted.bench_file(), title, Path(), registry, runs_dir, console, (), launcher, wanted.report_to)
     if result.rows:
         check_measured(wanted.by, result.rows)
     lines = [line for line in result.summary().lines if not line.full_precision and wanted.by in line.metrics]

@@ -22,6 +22,7 @@ from quantlab.bench.relay import Message, RelayConsole
 from quantlab.errors import QuantlabError, Stopped, unforeseen
 from quantlab.plugins import Registry, load_registry
 from quantlab.recipe.load import load_recipe
+from quantlab.recipe.reporters import reporter_choices
 from quantlab.report.console import Console
 from quantlab.report.rows import row_to_json
 from quantlab.run import RunOptions, run
@@ -36,7 +37,8 @@ def run_cell(job: CellJob, registry: Registry, console: Console) -> str | None:
     torch.set_num_threads(1)  # the number of cells beside one another must change no number
     try:
         loaded = load_recipe(job.recipe, job.overrides, registry, job.profile)
-        result = run(loaded, RunOptions(Path(job.runs_dir), "cpu", "float32", False, console))
+        reporters = reporter_choices(job.reporters, registry)
+        result = run(loaded, RunOptions(Path(job.runs_dir), "cpu", "float32", False, console, reporters))
         record: dict[str, JSON] = {
             "values": dict(job.values),  # type: ignore[dict-item]
             "rows": [row_to_json(row) for row in result.rows],

@@ -71,6 +71,6 @@ class ClassMetric(ABC):
             if self.share:
                 found[name] = wilson(round(values.sum().item()), len(values))
             else:
-                around = interval(values.tolist())
+                around = interval([float(value) for value in values])
                 found[name] = (around.low, around.high)
         return found

@@ -31,7 +31,8 @@ class Console:
     """Speaks on standard error, so that standard output holds the result alone."""
 
     def __init__(self, verbosity: Verbosity, live: bool) -> None:
-        self.verbosity, self.live = verbosity, live
+        self.verbosity: Verbosity = verbosity
+        self.live: bool = live
 
     def info(self, message: str) -> None:
         """Say something unless quiet."""

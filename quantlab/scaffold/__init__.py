@@ -51,6 +51,7 @@ EXAMPLES: Mapping[Kind, Example] = {
     Kind.LOSS: Example("tune: {losses: [mse, $name]}", "efficientdm"),
     Kind.CORRECTION: Example("corrections: [$name]"),
     Kind.METRIC: Example("evaluate: {metrics: [fid, $name]}"),
+    Kind.REPORTER: Example("# no recipe names a reporter: quantlab run example.yaml --profile smoke --report-to $name"),
 }
 
 

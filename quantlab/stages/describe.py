@@ -133,15 +133,16 @@ def plan_json(plan: Plan, cost: Accounting) -> dict[str, JSON]:
     return {"sites": sites, "size_bytes": cost.total_bytes, "bit_operations": cost.bit_operations}
 
 
-def begin(context: RunContext, loaded: LoadedRecipe, device: str, dtype: str) -> None:
-    """Write what was asked for into the run folder."""
+def begin(context: RunContext, loaded: LoadedRecipe, device: str, dtype: str) -> dict[str, JSON]:
+    """Write what was asked for into the run folder; returns the environment."""
+    found = environment(device, dtype, loaded.recipe.seed)
     context.folder.write_text("recipe.yaml", loaded.text)
     context.folder.write_text("recipe.resolved.yaml", resolved_yaml(loaded.recipe))
     context.folder.write_json("origins.json", dict(loaded.origin))
-    found = environment(device, dtype, loaded.recipe.seed)
     if context.processes.count > 1:
         found["processes"] = context.processes.count
     context.folder.write_json("environment.json", found)
+    return found
 
 
 def finish(

@@ -11,8 +11,8 @@ cases with hypothesis, which ``pip install 'quantlab[test]'`` brings.
 
 try:
     import hypothesis as _hypothesis  # noqa: F401
-except ImportError as error:
-    raise ImportError("quantlab.testing needs hypothesis: pip install 'quantlab[test]'") from error
+except ImportError as _missing:
+    raise ImportError("quantlab.testing needs hypothesis: pip install 'quantlab[test]'") from _missing
 
 from quantlab.testing.contract import ContractError, Subject, subject_of
 from quantlab.testing.suite import check, checks_of, conformance

@@ -16,6 +16,7 @@ from quantlab.contracts.correction import Correction
 from quantlab.contracts.method import Method
 from quantlab.contracts.passes import SmoothingPass
 from quantlab.contracts.quantizer import Quantizer
+from quantlab.contracts.reporter import Reporter
 from quantlab.contracts.sampler import CalibrationSampler
 from quantlab.contracts.tuning import Loss, Tuner
 from quantlab.errors import QuantlabError
@@ -32,6 +33,7 @@ BASES: Mapping[Kind, type | tuple[type, ...]] = {
     Kind.SAMPLER: CalibrationSampler,
     Kind.CORRECTION: Correction,
     Kind.METRIC: (ImageMetric, ClassMetric),
+    Kind.REPORTER: Reporter,
 }
 """What a plugin's class of each kind derives from; a source of models from nothing."""
 
@@ -53,7 +55,7 @@ class Subject:
 
     plugin: Any
     kind: Kind
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict[str, object])
     model: str = ""
 
     def config(self) -> Any:

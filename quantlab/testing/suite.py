@@ -16,6 +16,7 @@ from quantlab.testing import (
     passes,
     policies,
     quantizers,
+    reporters,
     samplers,
     tuners,
 )
@@ -33,6 +34,7 @@ _CHECKS: Mapping[Kind, Sequence[Check]] = {
     Kind.SAMPLER: samplers.CHECKS,
     Kind.CORRECTION: corrections.CHECKS,
     Kind.METRIC: metrics.CHECKS,
+    Kind.REPORTER: reporters.CHECKS,
     Kind.MODEL: models.CHECKS,
 }
 

@@ -41,9 +41,9 @@ class Block(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.shift = nn.Linear(4, channels)
-        self.mix = nn.Linear(channels, channels)
+        self.conv: nn.Conv2d = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shift: nn.Linear = nn.Linear(4, channels)
+        self.mix: nn.Linear = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
@@ -56,11 +56,11 @@ class ToyDenoiser(nn.Module):
 
     def __init__(self, channels: int = 6) -> None:
         super().__init__()
-        self.time = nn.Linear(1, 4)
-        self.conv_in = nn.Conv2d(2, channels, 3, padding=1)
-        self.mid_block = Block(channels)
-        self.blocks = nn.ModuleList([Block(channels), Block(channels)])
-        self.conv_out = nn.Conv2d(channels, 2, 3, padding=1)
+        self.time: nn.Linear = nn.Linear(1, 4)
+        self.conv_in: nn.Conv2d = nn.Conv2d(2, channels, 3, padding=1)
+        self.mid_block: Block = Block(channels)
+        self.blocks: nn.ModuleList = nn.ModuleList([Block(channels), Block(channels)])
+        self.conv_out: nn.Conv2d = nn.Conv2d(channels, 2, 3, padding=1)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """[B, 2, H, W] and timesteps [B] -> [B, 2, H, W]."""

@@ -120,8 +120,8 @@ def call(*arguments: str):
 def test_run_prints_the_table_and_passes_the_options_on(fake, given, tmp_path):
     result = call("run", *given, "--set", "seed=3", "--runs-dir", str(tmp_path), "--device", "cuda", "--dry-run")
     assert (result.exit_code, result.stdout) == (0, "the table\n")
-    loaded, runs_dir, device, dtype, dry_run, console, processes = fake.calls[0]
-    assert loaded.recipe.seed == 3
+    loaded, runs_dir, device, dtype, dry_run, console, reporters, processes = fake.calls[0]
+    assert loaded.recipe.seed == 3 and reporters == ()
     assert (runs_dir, device, dtype, dry_run) == (tmp_path, "cuda", "float32", True)
     assert console == {"verbose": False, "quiet": False, "silent": False}
     assert processes.count == 1
@@ -268,7 +268,7 @@ def test_a_bench_has_as_many_processes_and_the_format_that_were_asked_for(monkey
     asked = []
 
     def bench(*arguments: object) -> SimpleNamespace:
-        asked.append(arguments[-1])
+        asked.append(arguments[-2])
         return SimpleNamespace(table=lambda wanted: f"as {wanted}", failures={})
 
     monkeypatch.setattr("quantlab.bench.bench", bench)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import quantlab
 from quantlab.errors import RecipeError
 from quantlab.plugins import Kind, load_registry
 from quantlab.scaffold import new_plugin
@@ -55,6 +57,17 @@ def test_the_generated_code_has_nothing_to_mend(tmp_path: Path, tool: list[str])
     if "No module named" in done.stderr:
         pytest.skip("ruff is not installed")
     assert done.returncode == 0, done.stdout
+
+
+def test_the_generated_code_passes_a_type_checker(tmp_path: Path) -> None:
+    folders = [new_plugin(f"made-{kind}", kind, tmp_path, load_registry()) for kind in Kind]
+    roots = [str(Path(quantlab.__file__).parents[1]), *map(str, folders)]
+    settings = {"include": ["."], "typeCheckingMode": "basic", "extraPaths": roots}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    done = call(["pyright", "--pythonpath", sys.executable], [], tmp_path)
+    if "No module named" in done.stderr:
+        pytest.skip("pyright is not installed")
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize(

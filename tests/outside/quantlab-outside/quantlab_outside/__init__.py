@@ -88,6 +88,14 @@ def quantlab_metrics() -> list[type]:
 
 
 @hookimpl
+def quantlab_reporters() -> list[type]:
+    """One reporter."""
+    from quantlab_outside.reporter_plugin import OutsideReporter
+
+    return [OutsideReporter]
+
+
+@hookimpl
 def quantlab_event(event: StageEvent) -> None:
     """Write the stages of a run down."""
     with (event.run_folder / "heard.txt").open("a") as file:
