@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         ConvAdapter,
         Loss,
         StepContext,
+        TeacherVisit,
         TuneJob,
         Tuner,
         TuneResult,
@@ -103,8 +104,8 @@ _NAMES = {
     "contracts.scores": "Operand OutputFamily Score ScoreRequest",
     "contracts.sections": "Budget Model Sampling Tune",
     "contracts.site": "Site SiteKind Slot",
-    "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
-    "Tuner",
+    "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TeacherVisit TuneJob "
+    "TuneResult Tuner",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PackError PluginError QuantlabError RecipeError",
     "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
@@ -215,6 +216,7 @@ __all__ = [
     "StepContext",
     "Strict",
     "Task",
+    "TeacherVisit",
     "TrainingBatch",
     "Tune",
     "TuneJob",
