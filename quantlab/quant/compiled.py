@@ -27,7 +27,7 @@ def compiled_for(function: Callable[..., R], dtype: torch.dtype, dims: int) -> C
     template = cast(FunctionType, function)
     code = template.__code__.replace(co_name=f"{template.__name__}_{dims}d_{str(dtype).removeprefix('torch.')}")
     own = FunctionType(code, template.__globals__, code.co_name, template.__defaults__, template.__closure__)
-    compiled = torch.compile(own, dynamic=True, fullgraph=True, recompile_limit=VARIANTS)
+    compiled = torch.compile(own, dynamic=True, fullgraph=True, recompile_limit=VARIANTS)  # pyright: ignore[reportCallIssue]
 
     def call(*tensors: Tensor) -> R:
         # Whether a tensor is a view, of what shape, and has a gradient: each would be a reason to compile again.
