@@ -31,6 +31,6 @@ def peak_mib(work: Callable[[], object]) -> float:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     current = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
+        current += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, current)
     return peak / 2**20
