@@ -69,7 +69,9 @@ def mse_search(
     open_ &= ~constant
     if compiled:
         open_ = _still_open(rows, quant_max, candidates, open_, slack)
-    errors = _errors(rows, quant_max, candidates, open_)
+    # Where one is left its error decides nothing; with such a scale it is a number.
+    only = open_ & (open_.sum(0) == 1) & _is_plain(candidates.scale)
+    errors = torch.where(only, 0.0, _errors(rows, quant_max, candidates, open_ & ~only))
     best = errors.amin(0)
     order = torch.arange(NUM_CANDIDATES, device=rows.device)[:, None]
     first = torch.where(errors == best, order, NUM_CANDIDATES - 1).amin(0)[None]
@@ -102,9 +104,13 @@ def _may_win(
 def _ruled_out(lower: Tensor, upper: Tensor, scale: Tensor) -> Tensor:
     """Candidates [80, R] that cannot win, by bounds of the logarithm of each one's error."""
     bound = torch.nan_to_num(upper, nan=torch.inf).amin(0)
-    smallest, largest = _PLAIN_SCALES
     # Where a sum is 0 the bounds are no numbers, and comparing them rules nothing out.
-    return (lower > bound) & (scale > smallest) & (scale < largest)
+    return (lower > bound) & _is_plain(scale)
+
+
+def _is_plain(scale: Tensor) -> Tensor:
+    smallest, largest = _PLAIN_SCALES
+    return (scale > smallest) & (scale < largest)
 
 
 def _still_open(rows: Tensor, quant_max: Tensor, candidates: _Candidates, open_: Tensor, slack: Tensor) -> Tensor:
