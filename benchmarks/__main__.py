@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import bit_search, fake_quant, gpu, integer_layers, integer_unet, layer_step, scale_search
+from benchmarks import (
+    bit_search,
+    fake_quant,
+    gpu,
+    integer_layers,
+    integer_unet,
+    layer_step,
+    scale_search,
+    training_iteration,
+)
 from benchmarks.machine import ENVIRONMENT, machine
 from benchmarks.measure import Case, measured
 from benchmarks.table import markdown, write_tables
@@ -23,6 +32,7 @@ SECTIONS: Mapping[str, Callable[[bool], Iterator[Case]]] = {
     "fake-quant": fake_quant.cases,
     "layer-step": layer_step.cases,
     "bit-search": bit_search.cases,
+    "training-iteration": training_iteration.cases,
 }
 TABLES: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "integer-layers": integer_layers.main,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,36 @@ def _case(layer: nn.Linear | nn.Conv2d, x: Tensor, work: str) -> Case:
     def by_channel() -> int:
         return TensorSiteData({"layer": record}).best_bits("layer", candidates, Observer.MIN_MAX, 8)
 
-    facts = {"errors of channels": "same choice" if each() == by_channel() else "another choice"}
-    arms = {"one product for each candidate": each, "errors of channels": by_channel}
+    def by_gram() -> int:
+        return gram_choice(TensorSiteData({"layer": record}), candidates)
+
+    arms = {
+        "one product for each candidate": each,
+        "errors of channels": by_channel,
+        "errors from a Gram matrix": by_gram,
+    }
+    facts = {name: "same choice" if arm() == each() else "another choice" for name, arm in arms.items()}
     work = f"{work}, {len(candidates)} candidates of 3 widths, 8-bit inputs"
     return Case("OMQ search", work, "one product for each candidate", arms, facts)
+
+
+def gram_choice(data: TensorSiteData, candidates: Sequence[Tensor]) -> int:
+    """The candidate with the least error, from second moments of the quantized inputs: no product for each width.
+
+    With x' the quantized input and D_w = W - Q_w(W), the output's error is W (x - x') + D_w x'. Of its square the sum
+    over rows is, for a channel with d of D_w, d G d + 2 d P, up to what all widths share: G = sum x' x'^T and
+    P = sum x' (y - W x'). G alone takes n / out of a width's product, n the inputs of a channel.
+    """
+    record, widths = data._records["layer"], sorted(set(torch.cat(list(candidates)).tolist()))
+    weight = data.weight("layer")
+    (x,), (y,) = data._inputs_at("layer", 8), data._float_outputs("layer")
+    rest = (y - record.compute(x, weight)).movedim(record.channel_dim, -1).flatten(0, -2)
+    rows = record.patches(x)[:, 0]
+    gram, product = rows.T @ rows, rest.T @ rows
+    errors = {}
+    for width in widths:
+        bits = torch.full((len(weight),), width, dtype=torch.int8)
+        change = (weight - data.quantized_weight("layer", bits, Observer.MIN_MAX)).flatten(1)
+        errors[width] = (change * (change @ gram + 2 * product)).double().sum(1)
+    totals = [sum(float(errors[width][bits == width].sum()) for width in widths) for bits in candidates]
+    return totals.index(min(totals))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 SHORTEST_SECONDS = 0.02
 """A shorter arm is repeated inside a round."""
+SLOW_ROUNDS = 3
+"""Rounds at most of a case with slow arms, so that all sections together take less than ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def measured(case: Case, rounds: int) -> dict[str, object]:
         for name, arm in case.arms.items()
         if not isinstance(arm, Missing)
     }
+    rounds = min(rounds, SLOW_ROUNDS) if case.slow else rounds
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
     for _ in range(rounds):
         for name, count in repeats.items():

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Arm, Missing
 
-Build = Callable[[Tensor], Arm]
+Forward = Callable[[], Tensor]
+Build = Callable[[Tensor], tuple[Forward, tuple[Tensor, ...]]]
+"""From a weight to the forward of its fake quantization and the tensors that it gives gradients for."""
 
 
 def weight_quantizers(weight: Tensor, upstream: Tensor) -> dict[str, Arm]:
     """An arm for each peer: fake quantization of ``weight`` [out, in] at 4 bits (quanto: 8), forward and backward."""
-    peers: dict[str, Callable[[Tensor], Callable[[], Tensor]]] = {
+    peers: dict[str, Build] = {
         "torchao": _torchao,
         "torchao, compiled": _torchao_compiled,
         "torch learnable": _torch_learnable,
@@ -25,62 +27,66 @@ def weight_quantizers(weight: Tensor, upstream: Tensor) -> dict[str, Arm]:
     return {name: _arm(build, weight, upstream) for name, build in peers.items()}
 
 
-def _arm(build: Callable[[Tensor], Callable[[], Tensor]], weight: Tensor, upstream: Tensor) -> Arm:
+def _arm(build: Build, weight: Tensor, upstream: Tensor) -> Arm:
     try:
-        forward = build(weight.detach().clone().requires_grad_())
-        forward().backward(upstream)
+        forward, leaves = build(weight.detach().clone().requires_grad_())
+        torch.autograd.grad(forward(), leaves, upstream)
     except ImportError as error:
         return Missing(f"not installed ({error.name})")
     except Exception as error:  # a peer that fails on this machine is a row, not the end of the run
         return Missing(f"failed: {type(error).__name__}")
-    return lambda: forward().backward(upstream)
+    return lambda: torch.autograd.grad(forward(), leaves, upstream)
 
 
-def _torchao(weight: Tensor) -> Callable[[], Tensor]:
+def _torchao(weight: Tensor) -> tuple[Forward, tuple[Tensor, ...]]:
     from torchao.quantization.qat import IntxFakeQuantizeConfig
     from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
 
     quantizer = IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int4, "per_channel"))
-    return lambda: quantizer(weight)
+    return lambda: quantizer(weight), (weight,)
 
 
-def _torchao_compiled(weight: Tensor) -> Callable[[], Tensor]:
+def _torchao_compiled(weight: Tensor) -> tuple[Forward, tuple[Tensor, ...]]:
     from torchao.quantization.qat import IntxFakeQuantizeConfig
     from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
 
     quantizer = torch.compile(IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int4, "per_channel")))
-    return lambda: quantizer(weight)
+    return lambda: quantizer(weight), (weight,)
 
 
-def _torch_learnable(weight: Tensor) -> Callable[[], Tensor]:
+def _torch_learnable(weight: Tensor) -> tuple[Forward, tuple[Tensor, ...]]:
     scale = (weight.detach().abs().amax(1) / 7).requires_grad_()
     zero_point = torch.full_like(scale, 8.0).requires_grad_()
-    return lambda: torch._fake_quantize_learnable_per_channel_affine(weight, scale, zero_point, 0, 0, 15, 1.0)
+
+    def forward() -> Tensor:
+        return torch._fake_quantize_learnable_per_channel_affine(weight, scale, zero_point, 0, 0, 15, 1.0)
+
+    return forward, (weight, scale, zero_point)
 
 
-def _modelopt(weight: Tensor) -> Callable[[], Tensor]:
+def _modelopt(weight: Tensor) -> tuple[Forward, tuple[Tensor, ...]]:
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=4, axis=0))
-    return lambda: quantizer(weight)
+    return lambda: quantizer(weight), (weight,)
 
 
-def _brevitas(weight: Tensor) -> Callable[[], Tensor]:
+def _brevitas(weight: Tensor) -> tuple[Forward, tuple[Tensor, ...]]:
     from brevitas.nn import QuantLinear
 
     layer = QuantLinear(weight.shape[1], weight.shape[0], bias=False, weight_bit_width=4)
     layer.weight = nn.Parameter(weight.detach())
-    return lambda: layer.quant_weight().value
+    return lambda: layer.quant_weight().value, (layer.weight,)
 
 
-def _quanto(weight: Tensor) -> Callable[[], Tensor]:
+def _quanto(weight: Tensor) -> tuple[Forward, tuple[Tensor, ...]]:
     from optimum.quanto import QLinear, qint8
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.detach())
     quantized = QLinear.from_module(layer, weights=qint8)  # 4 bits would compile an extension first
-    return lambda: quantized.qweight.dequantize()
+    return lambda: quantized.qweight.dequantize(), (quantized.weight,)
 
 
 def torchao_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

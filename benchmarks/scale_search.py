@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.measure import Case
 from benchmarks.reference import mse_search_by_channel
+from benchmarks.saved import peak_mib
 from quantlab.contracts.quant import Observer
 from quantlab.quant.functional import search_scale
 
@@ -39,7 +40,8 @@ def _case(weight: Tensor, bits: int) -> Case:
         arms[name] = lambda compiled=compiled: search_scale(weight, widths, Observer.MSE, compiled=compiled)
         scale, zero_point = arms[name]()
         same = (scale == reference[0]) & (zero_point == reference[1])
-        facts[name] = f"same scale and zero point on {100 * same.double().mean():.4g} % of channels"
+        memory = peak_mib(arms[name]) / (weight.nbytes / 2**20)
+        facts[name] = f"same choice on {100 * same.double().mean():.4g} % of channels; {memory:.2g} weights of memory"
     goal = {"quantlab, compiled": "at least 20"}
     work = f"MSE search, [{weight.shape[0]}, {weight.shape[1]}], {bits} bits"
     return Case("Scale search", work, "loop over channels", arms, facts, goal, slow=("loop over channels",))

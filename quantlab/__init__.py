@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         ConvAdapter,
         Loss,
         StepContext,
+        TeacherVisit,
         TuneJob,
         Tuner,
         TuneResult,
@@ -105,8 +106,8 @@ _NAMES = {
     "contracts.scores": "Operand OutputFamily Score ScoreRequest",
     "contracts.sections": "Budget Model Sampling Tune",
     "contracts.site": "Site SiteKind Slot",
-    "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TuneJob TuneResult "
-    "Tuner",
+    "contracts.tuning": "AdapterSpec AdapterStart Checkpoint ConvAdapter Loss OUTPUT StepContext TeacherVisit TuneJob "
+    "TuneResult Tuner",
     "errors": "ArtefactError CaptureError ModelError NonFiniteError PackError PluginError QuantlabError RecipeError",
     "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
@@ -224,6 +225,7 @@ __all__ = [
     "StepContext",
     "Strict",
     "Task",
+    "TeacherVisit",
     "TrainingBatch",
     "Tune",
     "TuneJob",

@@ -115,7 +115,7 @@ def quantize(
         "budget": {"weight_bits": weight_bits, "activation_bits": activation_bits},
         "keep": [{"match": pattern, "bits": bits} for pattern, bits in (keep or {}).items()],
         "calibrate": {"trajectories": samples, "samples": samples},
-        "tune": {"iterations": iterations},
+        "tune": {"iterations": iterations, "teacher_store_mib": 0},  # nobody comes after to share it with
         "seed": seed,
     }
     root = node_of(registry.method(method, "quantize(method=...)").fragment, f"method {method}")

@@ -183,6 +183,12 @@ class Tune(Strict):
     weight_learning_rate: float = Field(default=1e-6, ge=0, description="of scales and zero points of weights")
     activation_learning_rate: float = Field(default=5e-4, ge=0, description="of scales and zero points of activations")
     losses: tuple[Choice, ...] = (Choice(name="mse"),)
+    teacher_store_mib: float = Field(
+        default=1024.0,
+        ge=0,
+        description="MiB of disk at most for the float model's features at every iteration, which all methods of a "
+        "seed share; with more to keep, or 0, every iteration computes them; the numbers are the same",
+    )
 
     def steps(self, share: float) -> int:
         """Optimizer steps of a stage that gets this share of the iterations: at least one, unless either is 0."""

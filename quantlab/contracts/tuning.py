@@ -119,6 +119,23 @@ Tapper = Callable[[Sequence[str]], tuple[TappedRun, TappedRun]]
 """The forwards of student and teacher with these module paths as taps."""
 
 
+TapsAt = Callable[[int], Mapping[str, "Tensor"]]
+"""The float network's taps at one of a tuner's iterations, as ``Tuner.visits`` told them beforehand."""
+
+
+@dataclass(frozen=True)
+class TeacherVisit:
+    """What a tuner looks at in one iteration.
+
+    Attributes:
+        step: of the recorded trajectories.
+        samples: of them, int64 [B].
+    """
+
+    step: int
+    samples: Tensor
+
+
 class Checkpoint(ABC):
     """Where a tuner keeps what it needs to go on after a kill."""
 
@@ -151,6 +168,8 @@ class TuneJob:
         seed: all randomness derives from it and the epoch.
         checkpoint: for resuming.
         progress: called after every iteration.
+        taps_at: the taps of ``teacher`` at an iteration, computed beforehand for the tuner's visits; None: they are
+            not, and ``teacher`` gives them.
     """
 
     task: Task
@@ -168,6 +187,7 @@ class TuneJob:
     seed: int
     checkpoint: Checkpoint
     progress: Progress
+    taps_at: TapsAt | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +223,14 @@ class Tuner(ABC):
     def adapter(self, settings: Tune) -> AdapterSpec | None:
         """The adapter the engine puts into every layer that may be trained; none unless a tuner asks for one."""
         return None
+
+    def visits(self, settings: Tune, num_steps: int, num_samples: int, seed: int) -> Sequence[TeacherVisit]:
+        """The recorded inputs on which it needs the teacher's taps, one visit for each iteration.
+
+        They depend on no student. So the engine computes the taps once for all methods with these visits and gives
+        them as ``TuneJob.taps_at``. Empty: not known beforehand, and the tuner asks ``TuneJob.teacher``.
+        """
+        return ()
 
     @abstractmethod
     def tune(self, job: TuneJob) -> TuneResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ from quantlab.recipe.schema import Recipe
 from quantlab.stages.context import RunContext, as_json
 from quantlab.stages.prepare import Calibrated, Captured, plan_digest
 from quantlab.stages.scores import measure_scores
+from quantlab.stages.teacher import remembered_taps, taps_of
 from quantlab.store import JSON, StageFolder, atomic_write, digest_of
 from quantlab.tuning.block_data import recorded_in_parts
 from quantlab.tuning.finalize import finalize as finalize_layers
@@ -198,11 +199,15 @@ def _tune_with(
     key: dict[str, JSON] = {
         "version": TUNE_VERSION,
         "from": before.stage.digest,
-        "tune": as_json(settings),
+        "tune": settings.model_dump(mode="json", exclude={"teacher_store_mib"}),
         "seed": recipe.seed,
         "plugins": context.versions(*plugins),
     }
     tuner: Tuner = registry.create(Kind.TUNER, choice)
+    tuned = context.store.has("tune", key)
+    taps = remembered_taps(
+        context, captured, calibrated, recipe, tuner, link.replace("/tune-", "/teacher-"), tuned=tuned
+    )
     student = before.student
     for layer in student.layers().values():
         layer.merge_adapter()  # of the tuner before; a branch stays
@@ -213,6 +218,7 @@ def _tune_with(
     def compute(folder: Path, progress: Progress) -> None:
         checkpoint = FileCheckpoint(folder)
         job = tune_job(captured, calibrated, before, registry, settings, recipe.seed, checkpoint, progress)
+        job = replace(job, taps_at=None if taps is None else taps.at)
         with plugin_call("tuner", tuner, "tune"):
             result = check_tuned(tuner, tuner.tune(job))
         (folder / "notes.json").write_text(json.dumps(list(result.notes)))
@@ -225,7 +231,8 @@ def _tune_with(
     for note in json.loads(notes.read_text()) if (notes := stage.path / "notes.json").is_file() else ():
         context.console.warn(f"{title}: {note}")
     fill(student, load_state(stage.file("tuned.safetensors")))
-    return Quantized(student, before.bit_map, before.batch, stage, (*before.stages, stage))
+    stages = (*before.stages, *(() if taps is None else (taps.stage,)), stage)
+    return Quantized(student, before.bit_map, before.batch, stage, stages)
 
 
 def tune_job(
@@ -247,8 +254,7 @@ def tune_job(
         return tapped_run(student.network, student.graph, paths), tapped_run(task.network, captured.graph, paths)
 
     losses = [registry.create(Kind.LOSS, choice) for choice in settings.losses]
-    taps = tuple(dict.fromkeys(path for loss in losses for path in loss.taps(captured.sites)))
-    run, float_run = tap(taps)
+    run, float_run = tap(taps_of(losses, captured.sites))
     return TuneJob(
         task=task,
         network=student.network,

@@ -61,6 +61,10 @@ class Store:
         self.root, self.waiting = root, waiting
         self.folder = root / STORE_FOLDER
 
+    def has(self, name: str, key: Mapping[str, JSON]) -> bool:
+        """Whether the stage for this key was computed before; its files are not checked."""
+        return self._path(name, key).exists()
+
     def stage(
         self, name: str, key: Mapping[str, JSON], compute: Callable[[Path], None], *, resumable: bool = False
     ) -> StageFolder:
@@ -78,8 +82,8 @@ class Store:
             ArtefactError: a file is truncated or foreign, the disk is full, or another process is writing the stage and
                 the store does not wait.
         """
-        digest = digest_of({"stage": name, "key": key})
-        path = self.folder / f"{name}-{digest}"
+        path = self._path(name, key)
+        digest = path.name.removeprefix(f"{name}-")
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f"{path.name}.lock"), name, self.waiting):
@@ -87,6 +91,9 @@ class Store:
                     seconds = _compute(path, name, key, compute, resumable)
                     return StageFolder(name, digest, path, reused=False, seconds=seconds)
         return StageFolder(name, digest, path, reused=True, seconds=check_stage(path))
+
+    def _path(self, name: str, key: Mapping[str, JSON]) -> Path:
+        return self.folder / f"{name}-{digest_of({'stage': name, 'key': key})}"
 
     def clean(self, linked: Sequence[Path], *, everything: bool = False) -> list[Path]:
         """Delete the stages that no run links to, and those that are damaged; returns what was deleted.

@@ -25,6 +25,7 @@ from quantlab.contracts.tuning import (
     ConvAdapter,
     Loss,
     StepContext,
+    TeacherVisit,
     TuneJob,
     Tuner,
     TuneResult,
@@ -72,6 +73,14 @@ class DistillTuner(Tuner):
     def adapter(self, settings: Tune) -> AdapterSpec:
         """Low-rank factors of the recipe's rank in every layer."""
         return AdapterSpec(settings.rank, self.config.conv, self.config.start)
+
+    def visits(self, settings: Tune, num_steps: int, num_samples: int, seed: int) -> Sequence[TeacherVisit]:
+        """The batch of each epoch at the sampler's steps in turn."""
+        batches = [
+            _drawn(seed, epoch, num_samples, settings.batch)[0] for epoch in range(-(-settings.iterations // num_steps))
+        ]
+        positions = (divmod(iteration, num_steps) for iteration in range(settings.iterations))
+        return [TeacherVisit(step, batches[epoch]) for epoch, step in positions]
 
     def tune(self, job: TuneJob) -> TuneResult:
         """Train in place for ``job.settings.iterations`` steps, saving at the end of every epoch."""
@@ -128,18 +137,27 @@ def _labelled(losses: Sequence[Loss]) -> dict[str, Loss]:
     return labelled
 
 
+def _drawn(seed: int, epoch: int, samples: int, batch: int) -> tuple[Tensor, torch.Generator]:
+    """The samples of an epoch, and the generator that drew them.
+
+    Seeded by the epoch alone, so that a resumed run draws the batch the killed one had.
+    """
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(samples, generator=rng)[:batch], rng
+
+
 def _losses_at(job: TuneJob, losses: Mapping[str, Loss], position: _Position, progress: float) -> dict[str, Tensor]:
     """Every loss at one denoising step of one batch, and their sum as "total"."""
-    steps, samples = job.calibration.num_steps, job.calibration.num_samples
-    # Seeded by the epoch alone, so that a resumed run draws the batch the killed one had.
-    rng = torch.Generator().manual_seed(job.seed * 1_000_003 + position.epoch)
-    batch = torch.randperm(samples, generator=rng)[: job.settings.batch]
+    steps = job.calibration.num_steps
+    batch, rng = _drawn(job.seed, position.epoch, job.calibration.num_samples, job.settings.batch)
     inputs = job.calibration.step(position.step, batch)
     network_inputs = job.task.network_inputs(inputs)
     output, student_taps = job.student(network_inputs)
     student = {OUTPUT: job.task.combine(output, inputs), **student_taps}
     teacher: dict[str, Tensor] = {OUTPUT: job.calibration.output(position.step, batch)}
-    if student_taps:
+    if student_taps and job.taps_at is not None:
+        teacher.update(job.taps_at(position.epoch * steps + position.step))
+    elif student_taps:
         with torch.no_grad():
             teacher.update(job.teacher(network_inputs)[1])
     timestep = inputs[job.task.timestep_input] if job.task.timestep_input else None

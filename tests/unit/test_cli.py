@@ -130,7 +130,7 @@ def test_run_prints_the_table_and_passes_the_options_on(fake, given, tmp_path):
 def test_json_on_standard_output_is_json_alone(fake, given):
     result = call("run", *given, "--json")
     assert json.loads(result.stdout) == {"folder": "runs/x", "rows": [{"method": "plain", "fid": None}]}
-    assert fake.calls[0][-2]["quiet"]
+    assert fake.calls[0][5]["quiet"]
 
 
 @pytest.mark.parametrize("verbose", [False, True])

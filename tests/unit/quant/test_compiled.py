@@ -75,12 +75,21 @@ def test_frozen_scales_need_no_gradients_of_their_own() -> None:
     assert 0 < results[0].sum() < x.numel()
 
 
-def test_reaching_the_recompile_limit_is_an_error() -> None:
+def test_reaching_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantlab.quant.compiled.VARIANTS", 1)
     function = compiled_for(of_rank, torch.float32, 0)
-    with torch._dynamo.config.patch(recompile_limit=1):
-        function(torch.ones(2))
-        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            function(torch.ones(2, 2))
+    function(torch.ones(2))
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        function(torch.ones(2, 2))
+
+
+def test_a_view_or_a_gradient_is_no_reason_to_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network's weights and inputs are views of all shapes; with a variant for each the limit was reached."""
+    monkeypatch.setattr("quantlab.quant.compiled.VARIANTS", 1)
+    function = compiled_for(of_rank, torch.float32, -1)
+    rows = (torch.ones(4, 6), torch.ones(3, 2, 5).flatten(1), torch.ones(7, 2, 2, 3).requires_grad_().flatten(1))
+    for x in rows:
+        assert torch.equal(function(x), 2 * x)
 
 
 def of_rank(x: Tensor) -> Tensor:

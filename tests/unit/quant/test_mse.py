@@ -15,6 +15,7 @@ from quantlab.quant.mse import MSE_POWER, NUM_CANDIDATES, mse_search
 from quantlab.zoo.models import DENOISERS, load_denoiser
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+both = pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 
 
 def literal_search(rows: Tensor, low: Tensor, high: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,12 +69,13 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@both
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize(("count", "length"), [(24, 9), (24, 288), (1, 8192), (3, 33)])
-def test_the_choice_is_that_of_judging_every_candidate(kind: str, count: int, length: int) -> None:
+def test_the_choice_is_that_of_judging_every_candidate(kind: str, count: int, length: int, compiled: bool) -> None:
     rng = torch.Generator().manual_seed(length)
     x = SHAPES[kind](torch.randn(count, length, generator=rng))
-    assert_same_choice(x, torch.arange(count) % 8 + 1)
+    assert_same_choice(x, torch.arange(count) % 8 + 1, compiled=compiled)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 8), st.integers(2, 200), st.floats(0.2, 6), st.floats(-3, 3))
@@ -83,11 +85,12 @@ def test_the_choice_holds_for_any_tail(seed: int, bits: int, length: int, power:
     assert_same_choice(x.sign() * x.abs().pow(power) + shift, torch.full((16,), bits))
 
 
+@both
 @pytest.mark.parametrize("name", ["digits", "digits-heavy"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_choice_on_trained_weights(name: str, bits: int) -> None:
+def test_the_choice_on_trained_weights(name: str, bits: int, compiled: bool) -> None:
     for weight in (p.detach().flatten(1) for p in load_denoiser(DENOISERS[name]).parameters() if p.dim() > 1):
-        assert_same_choice(weight, torch.full((len(weight),), bits))
+        assert_same_choice(weight, torch.full((len(weight),), bits), compiled=compiled)
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +100,10 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-def test_the_compiled_search_chooses_the_same() -> None:
-    rng = torch.Generator().manual_seed(2)
-    for count, length in [(8, 96), (24, 288), (1, 500)]:
-        x = torch.randn(count, length, generator=rng)
-        assert_same_choice(heavy(x), torch.arange(count) % 8 + 1, compiled=True)
+@pytest.mark.parametrize(("count", "length"), [(8, 96), (24, 500), (7, 4608)])
+def test_the_compiled_search_chooses_the_same(monkeypatch: pytest.MonkeyPatch, count: int, length: int) -> None:
+    """In any number of parts, of rows and of the candidates that are left."""
+    monkeypatch.setattr("quantlab.quant.mse.COMPILED_LENGTH", 100)
+    monkeypatch.setattr("quantlab.quant.mse.GATHERED_ELEMENTS", 700)
+    x = torch.randn(count, length, generator=torch.Generator().manual_seed(2))
+    assert_same_choice(heavy(x), torch.arange(count) % 8 + 1, compiled=True)
