@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from quantlab.evaluation.answers import Answers, ClassMetric
     from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.execution import ExecutionQuality, IntegerModule, compare_execution, execute, execute_run
+    from quantlab.export import export_compressed_tensors, export_onnx
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
     from quantlab.notebook import Bench, Recipe
@@ -109,6 +110,7 @@ _NAMES = {
     "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
     "execution": "ExecutionQuality IntegerModule compare_execution execute execute_run",
+    "export": "export_compressed_tensors export_onnx",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
     "notebook": "Bench Recipe",
@@ -226,6 +228,8 @@ __all__ = [
     "draw_pairs",
     "execute",
     "execute_run",
+    "export_compressed_tensors",
+    "export_onnx",
     "fake_quantize",
     "hookimpl",
     "last_block",

@@ -397,6 +397,27 @@ def pack(
 
 
 @app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run folder, or a packed file")],
+    to: Annotated[str, typer.Option("--to", help="onnx, or compressed-tensors")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the file, or folder, to write; beside the model without it")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="a method of the run; the recipe's without it")] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="compressed-tensors: leave out how inputs are quantized")
+    ] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a quantized model in the format of another project, if that can hold it exactly."""
+    with told(verbose):
+        from quantlab.export import export as export_model
+        from quantlab.export import target_of
+
+        print(export_model(path, target_of(to), output, method, weights_only=weights_only))
+
+
+@app.command()
 def execute(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
     method: Annotated[str | None, typer.Option("--method", help="a method of the run; the recipe's without it")] = None,

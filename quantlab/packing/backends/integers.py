@@ -126,7 +126,7 @@ def integers_of(layer: QuantizedLayer) -> IntegerSite:
     # Scales [parts, out]; parts of an input that the weight does not tell apart share the weight's scale.
     scale = stored.scale.detach().reshape(len(stored.split) or 1, -1).expand(len(sizes), weight.shape[0])
     parts = tuple(
-        IntegerPart(part, scale[position].contiguous(), _grid(quantizer))
+        IntegerPart(part, scale[position].contiguous(), input_grid(quantizer))
         for position, (part, quantizer) in enumerate(
             zip(weight.split(sizes, 1), _quantizers(layer.input_quantizer, len(sizes)), strict=True)
         )
@@ -194,8 +194,12 @@ def _weight(layer: QuantizedLayer, stored: QParams) -> Tensor:
     return centred.to(torch.int16)
 
 
-def _grid(quantizer: Quantizer) -> InputGrid:
-    """The grid of an input, proved on a probe to be what the quantizer computes."""
+def input_grid(quantizer: Quantizer) -> InputGrid:
+    """The grid of an input, proved on a probe to be what the quantizer computes.
+
+    Raises:
+        NotExecutable: it is no grid of integers with at most 8 bits, or its zero points are free floats.
+    """
     stored = _stored(quantizer, "input")
     if stored.axis is not None:
         raise NotExecutable("its input has a scale for each channel")
