@@ -81,8 +81,6 @@ class OnnxInput(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
-    low: Tensor
-    high: Tensor
 
     def __init__(self, grid: InputGrid, site: str) -> None:
         super().__init__()
@@ -92,8 +90,8 @@ class OnnxInput(nn.Module):
         self.fills_type = grid.quant_max == self.kind.largest and not int(found.shift)
         self.register_buffer("scale", grid.scale[0])
         self.register_buffer("zero_point", found.zero_point.to(self.kind.torch_type))
-        self.register_buffer("low", -offset * grid.scale[0])
-        self.register_buffer("high", (quant_max - offset) * grid.scale[0])
+        # Numbers, not tensors: a node Clip, which a runtime knows how to join with the quantization after it.
+        self.low, self.high = ((ends - offset).mul(grid.scale[0]).item() for ends in (torch.tensor(0), quant_max))
 
     def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """Quantized and dequantized x."""
