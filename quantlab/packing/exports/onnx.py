@@ -20,7 +20,7 @@ from quantlab.errors import PackError
 from quantlab.graph.modules import first_tensor
 from quantlab.packing.backends.integers import NotExecutable, input_grid
 from quantlab.packing.coded import code_weight
-from quantlab.packing.exports.onnx_modules import OPSET, OnnxWeight, OnnxWeightPart, input_module
+from quantlab.packing.exports.onnx_modules import OPSET, OnnxWeight, input_module
 from quantlab.packing.exports.onnx_types import OnnxInteger
 from quantlab.packing.exports.packages import require_packages
 from quantlab.packing.exports.subject import Subject
@@ -105,7 +105,7 @@ def export_onnx(subject: Subject, inputs: Mapping[str, Tensor], path: Path) -> O
     sites = tuple(_put_nodes(network))
     forward = _Forward(network, subject.forward, tuple(inputs))
     program = _exported(forward, tuple(inputs.values()), tuple(inputs))
-    _narrow(program, network)
+    _narrow(program.model.graph)
     shapes = {
         value.name: [str(size) if not isinstance(size, int) else size for size in value.shape]
         for value in program.model.graph.inputs
@@ -217,15 +217,32 @@ def _exported(forward: nn.Module, values: tuple[Tensor, ...], names: tuple[str, 
         exporter.setLevel(level)
 
 
-def _narrow(program: Any, network: nn.Module) -> None:
-    """Store 4-bit codes and zero points in 4 bits, which torch has no type for."""
+def _narrow(graph: Any) -> None:
+    """Store codes and zero points of weights in 4 bits where these hold them; torch has no such type.
+
+    A tensor may serve several nodes, since the exporter joins equal ones; so each node gets what it needs.
+    """
     import onnx_ir
 
-    for path, module in network.named_modules():
-        if isinstance(module, OnnxWeightPart) and module.kind is OnnxInteger.UINT4:
-            for name in ("codes", "zero_point"):
-                value = program.model.graph.initializers[f"network.{path}.{name}"]
-                numbers = getattr(module, name).numpy()
-                narrow = numbers.astype(onnx_ir.DataType.UINT4.numpy())
-                value.const_value = onnx_ir.Tensor(narrow, dtype=onnx_ir.DataType.UINT4, name=value.name)
-                value.dtype = onnx_ir.DataType.UINT4
+    four_bits = onnx_ir.DataType.UINT4
+    made: dict[str, Any] = {}
+    for node in graph:
+        if node.op_type != "DequantizeLinear" or node.inputs[0].name not in graph.initializers:
+            continue
+        places = {position: node.inputs[position] for position in (0, 2)}  # codes, zero point
+        numbers = {position: value.const_value.numpy() for position, value in places.items()}
+        if max(int(found.max()) for found in numbers.values()) > OnnxInteger.UINT4.largest:
+            continue
+        for position, value in places.items():
+            if value.name not in made:
+                name, narrow = f"{value.name}.uint4", numbers[position].astype(four_bits.numpy())
+                made[value.name] = onnx_ir.Value(
+                    name=name,
+                    type=onnx_ir.TensorType(four_bits),
+                    shape=value.shape,
+                    const_value=onnx_ir.Tensor(narrow, dtype=four_bits, name=name),
+                )
+                graph.register_initializer(made[value.name])
+            node.replace_input_with(position, made[value.name])
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]

@@ -22,7 +22,6 @@ class OnnxWeightPart(nn.Module):
         codes: integers [out, in / groups, *k].
         scale: float32 [out].
         zero_point: integers [out].
-        quant_max: largest codes [out].
         site: for messages.
     """
 
@@ -30,9 +29,9 @@ class OnnxWeightPart(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, quant_max: Tensor, site: str) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, site: str) -> None:
         super().__init__()
-        grid = onnx_grid(quant_max, zero_point, OnnxInteger.UINT4, site)
+        grid = onnx_grid(codes.flatten(1).amax(1).to(torch.int64), zero_point, OnnxInteger.UINT4, site)
         self.kind = grid.kind
         shift = grid.shift.view(-1, *(1,) * (codes.dim() - 1))
         self.register_buffer("codes", (codes.to(torch.int64) + shift).to(self.kind.torch_type))
@@ -58,8 +57,7 @@ class OnnxWeight(nn.Module):
             parameters.zero_point.view(-1, out),
             strict=True,
         )
-        quant_max = 2 ** coded.bits.to(torch.int64) - 1
-        self.parts = nn.ModuleList(OnnxWeightPart(*piece, quant_max, site) for piece in pieces)
+        self.parts = nn.ModuleList(OnnxWeightPart(*piece, site) for piece in pieces)
 
     @property
     def kinds(self) -> list[OnnxInteger]:

@@ -44,11 +44,11 @@ class OnnxGrid:
     zero_point: Tensor
 
 
-def onnx_grid(quant_max: Tensor, zero_point: Tensor, smallest: OnnxInteger, site: str) -> OnnxGrid:
-    """The grid of codes 0 to ``quant_max`` around ``zero_point`` in integers of ONNX; scale * (q - zero_point) stays.
+def onnx_grid(largest: Tensor, zero_point: Tensor, smallest: OnnxInteger, site: str) -> OnnxGrid:
+    """The grid of codes 0 to ``largest`` around ``zero_point`` in integers of ONNX; scale * (q - zero_point) stays.
 
     Args:
-        quant_max: largest codes, an integer tensor that broadcasts with the zero points.
+        largest: the largest codes, an integer tensor that broadcasts with the zero points.
         zero_point: integers.
         smallest: the smallest type allowed.
         site: for the message.
@@ -59,7 +59,7 @@ def onnx_grid(quant_max: Tensor, zero_point: Tensor, smallest: OnnxInteger, site
     zero_point = zero_point.to(torch.int64)
     shift = (-zero_point).clamp(min=0)
     moved = zero_point + shift
-    top = int(torch.maximum(moved, quant_max + shift).max())
+    top = int(torch.maximum(moved, largest + shift).max())
     kinds = [kind for kind in OnnxInteger if kind.largest >= max(top, smallest.largest)]
     if not kinds:
         raise PackError(

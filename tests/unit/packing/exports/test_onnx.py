@@ -30,8 +30,9 @@ from quantlab.zoo.vision import build_vit
 
 SAME_ROUNDINGS = 1e-6
 """Largest difference over the largest value of one layer on forced codes: float32 sums in another order."""
-FEW_FLIPS_DB = 60
-"""PSNR of a network: values on the edge of a code may fall to either side in another order of summation."""
+FEW_FLIPS_DB = 40
+"""PSNR of a network: values on the edge of a code may fall to either side in another order of summation, and a flip
+of a 7-bit code in a toy is large. A wrong row of a table, or a code off by one, gives less than 30."""
 
 
 def run(path: Path, inputs: dict[str, torch.Tensor], optimized: bool = True) -> torch.Tensor:
@@ -83,7 +84,7 @@ def test_every_layer_is_exact_on_forced_codes(weight_bits: int, activation_bits:
 
 
 def test_tables_by_timestep_mixed_widths_branches_and_smoothing(tmp_path: Path) -> None:
-    toy = make_toy(Attending(), activation_bits=6, keep={"conv_in": 8})
+    toy = make_toy(Attending(), activation_bits=7, keep={"conv_in": 8})
 
     def before(student) -> None:
         first, second = student.layer("blocks.0.conv"), student.layer("blocks.1.conv")
@@ -100,7 +101,8 @@ def test_tables_by_timestep_mixed_widths_branches_and_smoothing(tmp_path: Path) 
     result = write(subject, toy.task.example_inputs(3), tmp_path / "toy.onnx")
     inputs = toy.task.example_inputs(5)  # another batch, whose samples have different timesteps
     inputs["timestep"] = torch.tensor([0, 250, 451, 901, 600])
-    assert psnr(run(result.path, inputs), student.run(inputs)) > FEW_FLIPS_DB
+    found, expected = run(result.path, inputs), student.run(inputs)
+    assert psnr(found, expected) > FEW_FLIPS_DB
     stored = {site.site: site for site in result.sites}
     assert stored["blocks.0.conv"].bits == (1, 2, 3, 4, 5, 6, 7, 8)
     assert stored["blocks.0.conv"].stored_as[0] >= OnnxInteger.UINT8 and stored["blocks.0.conv"].rides
