@@ -132,7 +132,6 @@ def save_run_html(report: RunReport, path: Path) -> None:
         environment=report.environment,
         calibration=report.calibration,
         rows=report.rows,
-        folder=report.folder.name,
         executions=read_executions(report.folder, methods),
         **_drawings(details),
     )
