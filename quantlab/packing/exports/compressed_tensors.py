@@ -19,6 +19,7 @@ from quantlab.packing.backends.integers import InputGrid, NotExecutable, input_g
 from quantlab.packing.coded import CodedWeight, code_weight
 from quantlab.packing.exports.packages import require_packages
 from quantlab.packing.exports.subject import Subject
+from quantlab.packing.manifest import dtype_name
 from quantlab.packing.stored import dequantize
 from quantlab.quant.attention import QuantizedAttention
 from quantlab.quant.layers import QuantizedConv2d, QuantizedLinear
@@ -146,9 +147,13 @@ def _is_coded(module: nn.Module) -> bool:
 
 
 def _require_plain(name: str, layer: Layer) -> None:
-    """Raise PackError for what stands beside a weight and has no place in the format."""
+    """Raise PackError for what has no place in the format, beside a weight or after it."""
     if layer.adapter is not None:
         raise PackError("the layer has an adapter that is not merged", where=name)
+    if layer.weight.dtype != torch.float32:
+        raise _refusal(
+            f"weights that are rounded to {dtype_name(layer.weight.dtype)}", name, "load the model in float32"
+        )
     other = "export to onnx, or keep the packed file"
     if layer.smoothing is not None:
         raise _refusal("smoothing scales of inputs", name, other)

@@ -94,6 +94,7 @@ def test_without_the_inputs(tmp_path: Path) -> None:
     [
         (lambda layer: setattr(layer, "smoothing", torch.ones(37)), "smoothing scales of inputs"),
         (lambda layer: layer.add_branch(2), "a low-rank branch"),
+        (lambda layer: layer.half(), "weights that are rounded to float16"),
         (lambda layer: layer.weight_quantizer.zero_point.data.fill_(300), "a zero point beyond 8 bits"),
         (lambda layer: layer.input_quantizer.zero_point.data.fill_(-3), "a zero point of -3 beyond the codes"),
     ],
