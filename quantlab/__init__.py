@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from quantlab.evaluation.answers import Answers, ClassMetric
     from quantlab.evaluation.samples import ImageMetric, SampleSet
     from quantlab.execution import ExecutionQuality, IntegerModule, compare_execution, execute, execute_run
+    from quantlab.export import export_compressed_tensors, export_onnx
     from quantlab.hookspecs import hookimpl
     from quantlab.losses.taps import last_block
     from quantlab.notebook import Bench, Recipe
@@ -112,6 +113,7 @@ _NAMES = {
     "evaluation.answers": "Answers ClassMetric",
     "evaluation.samples": "ImageMetric SampleSet",
     "execution": "ExecutionQuality IntegerModule compare_execution execute execute_run",
+    "export": "export_compressed_tensors export_onnx",
     "hookspecs": "hookimpl",
     "losses.taps": "last_block",
     "notebook": "Bench Recipe",
@@ -237,6 +239,8 @@ __all__ = [
     "draw_pairs",
     "execute",
     "execute_run",
+    "export_compressed_tensors",
+    "export_onnx",
     "fake_quantize",
     "hookimpl",
     "last_block",

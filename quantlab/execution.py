@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from quantlab.allocation.student import tapped_run
 from quantlab.api import LoadedRun, QuantizedModule, load_quantized
-from quantlab.contracts.model import Evidence, GenerativeTask
+from quantlab.contracts.model import Evidence, GenerativeTask, Inputs, Task
 from quantlab.contracts.sections import Evaluate
 from quantlab.errors import ArtefactError, ModelError
 from quantlab.evaluation.metrics.fid import frechet_distance
@@ -30,10 +32,16 @@ from quantlab.packing.backends.dispatch import (
 )
 from quantlab.packing.backends.triton_activation import triton_activation_kernel
 from quantlab.packing.model import PackedModel, promised_output
+from quantlab.recipe.load import load_recipe
 from quantlab.report.console import Console, make_console
+from quantlab.report.execution import NOT_MEASURED, Execution, Latency, SiteKernel, write_execution
+from quantlab.report.sources import RUN_RESULT, read_rows
+from quantlab.stages.describe import save_page
 from quantlab.stages.evaluate import draw
 
 _BATCH = 250
+_TURNS = 7
+_TIMED_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -98,9 +106,12 @@ def execute_run(
     """The model of a run with layers that compute in integers, and the kernel of every site; else as ``execute``."""
     student = loaded.student
     lowered, fused = _lower(student.network, student.graph, Backend(backend), compiled, keep_packed, console)
-    run = tapped_run(lowered.network, fused, ())
-    integer = replace(student, network=lowered.network, graph=fused, run=lambda inputs: run(inputs)[0])
-    return replace(loaded, student=integer), lowered.dispatch
+    tapped = tapped_run(lowered.network, fused, ())
+
+    def run(inputs: Inputs) -> Tensor:
+        return tapped(inputs)[0]
+
+    return replace(loaded, student=replace(student, network=lowered.network, graph=fused, run=run)), lowered.dispatch
 
 
 def _lower(
@@ -138,6 +149,7 @@ class ExecutionQuality:
         simulated_fid: of the simulated ones.
         loaded_bytes: held by the integer model.
         float_bytes: held by the float model.
+        latency: of one forward beside the float network's.
     """
 
     dispatch: tuple[SiteDispatch, ...]
@@ -147,13 +159,15 @@ class ExecutionQuality:
     simulated_fid: float
     loaded_bytes: int
     float_bytes: int
+    latency: Latency
 
     def __str__(self) -> str:
         return (
             f"{dispatch_text(self.dispatch)}\n"
             f"{self.samples} images: PSNR to the simulation {self.psnr:.2f} dB; FID {self.fid:.3f}, "
             f"simulated {self.simulated_fid:.3f}\n"
-            f"held in memory: {self.loaded_bytes / self.float_bytes:.1%} of float32"
+            f"held in memory: {self.loaded_bytes / self.float_bytes:.1%} of float32; peak memory {NOT_MEASURED}\n"
+            f"a forward: {self.latency}"
         )
 
 
@@ -166,6 +180,8 @@ def compare_execution(
     folder: Path, method: str | None = None, *, samples: int = 1000, seed: int = 0, backend: str = Backend.ONEDNN
 ) -> ExecutionQuality:
     """Draw with the quantized model of a run in integers and simulated, from the same noise, and compare.
+
+    What is measured is kept in the run folder, and its page is written again with it.
 
     Raises:
         ArtefactError: the folder is no complete run.
@@ -190,4 +206,28 @@ def compare_execution(
     psnr = _psnr(*images)
     float_bytes = sum(value.numel() * value.element_size() for value in task.network.state_dict().values())
     held = loaded_bytes(integer.student.network)
-    return ExecutionQuality(dispatch, samples, psnr, fid, simulated_fid, held, float_bytes)
+    latency = _latency(task, integer)
+    sites = tuple(
+        SiteKernel(entry.site, entry.kernel, "; ".join(filter(None, (entry.why, entry.codes)))) for entry in dispatch
+    )
+    write_execution(folder, Execution(simulated.method, sites, latency, held, float_bytes))
+    if (folder / RUN_RESULT).is_file():  # an unfinished run has no page yet
+        rows = [row for _, row in read_rows([folder])]
+        save_page(folder, load_recipe(folder / "recipe.resolved.yaml").recipe, rows)
+    return ExecutionQuality(dispatch, samples, psnr, fid, simulated_fid, held, float_bytes, latency)
+
+
+@torch.no_grad()
+def _latency(task: Task, integer: LoadedRun) -> Latency:
+    """One forward of the network in integers beside the float network's, in turns after one that is not timed."""
+    inputs = task.example_inputs(_TIMED_BATCH)
+    forwards = (lambda: task.network(**inputs, **task.static), lambda: integer.run(inputs))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(_TURNS + 1):
+        for forward, times in zip(forwards, seconds, strict=True):
+            start = time.perf_counter()
+            forward()
+            times += [time.perf_counter() - start] if turn else []
+    speedup = median(before / after for before, after in zip(*seconds, strict=True))
+    float_seconds, integer_seconds = map(median, seconds)
+    return Latency(float_seconds, integer_seconds, speedup, _TIMED_BATCH, torch.get_num_threads(), _TURNS)

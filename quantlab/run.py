@@ -252,6 +252,7 @@ def dry_cost(recipe: Recipe, plan: Plan, float_model: FloatModel) -> Accounting:
         float_model,
         timesteps=recipe.sampling.steps if recipe.activations.per_timestep else 1,
         smoothed=bool(recipe.passes),
+        scale_bytes=recipe.pack.scales.itemsize,
     )
 
 

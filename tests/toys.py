@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantlab.allocation.assign import AssignMethod, assign
 from quantlab.allocation.plan import Plan, make_plan
 from quantlab.allocation.student import QuantizerChoice, QuantizerChoices, Student, build_student, tapped_run
+from quantlab.allocation.uniform import UniformPolicy
 from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.model import CalibrationSet, Inputs, Progress, Run, Task
-from quantlab.contracts.sections import Activations, Budget, Tune, Weights
+from quantlab.contracts.sections import AS_IT_IS, Activations, Budget, InputsFrom, Pack, Tune, Weights
 from quantlab.contracts.site import Site
 from quantlab.contracts.tuning import Checkpoint, Loss, TappedRun, TuneJob
 from quantlab.graph.blocks import Traced, cut_blocks
@@ -21,6 +23,7 @@ from quantlab.graph.capture import capture
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.sites import find_sites
 from quantlab.quant.quantizers import AffineQuantizer
+from quantlab.stages.quantize import finalize_student
 
 
 class Block(nn.Module):
@@ -250,3 +253,18 @@ class Memory(Checkpoint):
 
 def silent(done: int, total: int) -> None:
     """Progress that nobody sees."""
+
+
+def finish(
+    toy: Toy,
+    choices: QuantizerChoices,
+    before: Callable[[Student], None] = lambda student: None,
+    settings: Pack = AS_IT_IS,
+) -> Student:
+    """The toy's student with uniform bits, brought to its final values; ``before`` may change it before that."""
+    student = toy.student()
+    method = AssignMethod([], [UniformPolicy(UniformPolicy.Config())], choices, InputsFrom.TEACHER)
+    assign(student, method, calibration_batch(toy.task, toy.calibration, 8), torch.Generator().manual_seed(0), silent)
+    before(student)
+    finalize_student(student, settings)
+    return student

@@ -33,7 +33,7 @@ from quantlab.contracts.model import CalibrationBatch, Progress
 from quantlab.contracts.passes import SmoothingPass
 from quantlab.contracts.quantizer import Quantizer
 from quantlab.contracts.scores import ScoreRequest
-from quantlab.contracts.sections import InputsFrom
+from quantlab.contracts.sections import AS_IT_IS, FreeZeroPoints, InputsFrom, Pack
 from quantlab.errors import QuantlabError
 from quantlab.graph.passes.smooth import smooth
 from quantlab.quant.layers import QuantizedLayer
@@ -48,12 +48,14 @@ class AssignMethod:
         policies: bit policies, each given what the one before returned.
         choices: how weights and activations are quantized.
         inputs_from: what a site sees.
+        stored: how the parameters of quantizers will be stored, which a budget of the size counts.
     """
 
     smoothing: Sequence[SmoothingPass]
     policies: Sequence[BitPolicy]
     choices: QuantizerChoices
     inputs_from: InputsFrom
+    stored: Pack = AS_IT_IS
 
 
 Scores = Mapping[ScoreRequest, Mapping[str, Tensor]]
@@ -114,7 +116,7 @@ def assign(
                 _require_all(names, assigned)
                 attended = collect_operands(student.products(), student.run, batch.inputs, streaming)
         assigner.quantize_products(attended, bit_map)
-    _require_budget(student, bit_map, method.policies)
+    _require_budget(student, bit_map, method.policies, method.stored)
     return bit_map
 
 
@@ -180,8 +182,10 @@ def _limits(student: Student, method: AssignMethod, timestep: Tensor | None) -> 
         student.float_model,
         timesteps=len(timestep.unique()) if timestep is not None and per_timestep else 1,
         smoothed=bool(method.smoothing),
-        rounded=method.choices.weights.settings.round_zero_point and activations.round_zero_point,
+        rounded=method.stored.free_zero_points is FreeZeroPoints.ROUND
+        or (method.choices.weights.settings.round_zero_point and activations.round_zero_point),
         mixed=any(policy.mixes for policy in method.policies),
+        scale_bytes=method.stored.scales.itemsize,
     )
 
 
@@ -275,7 +279,7 @@ def _require_all(names: Sequence[str], assigned: dict[str, BitMap]) -> None:
         )
 
 
-def _require_budget(student: Student, bit_map: BitMap, policies: Sequence[BitPolicy]) -> None:
+def _require_budget(student: Student, bit_map: BitMap, policies: Sequence[BitPolicy], stored: Pack) -> None:
     """The mean bits may exceed the budget by the extra bits that it grants, and by nothing else; all others hold."""
     budget = student.plan.budget
     # A site grants its extra bits in whole channels.
@@ -294,4 +298,4 @@ def _require_budget(student: Student, bit_map: BitMap, policies: Sequence[BitPol
             next_step="a policy that gives bits takes as many away, or the recipe grants them: "
             "budget.weight_bits, budget.extra_bit_fraction",
         )
-    require_within(budget, student_cost(student, bit_map, student.float_model))
+    require_within(budget, student_cost(student, bit_map, student.float_model, stored=stored))

@@ -13,7 +13,14 @@ from quantlab.contracts.allocation import BitPolicy, Resource
 from quantlab.contracts.sections import Budget, InputsFrom
 from quantlab.contracts.site import Site
 from quantlab.errors import QuantlabError, RecipeError
-from quantlab.quant.accounting import FREE_ZERO_POINT_BYTES, Accounting, FloatModel, index_bytes, packed_bytes
+from quantlab.quant.accounting import (
+    FREE_ZERO_POINT_BYTES,
+    SCALE_BYTES,
+    Accounting,
+    FloatModel,
+    index_bytes,
+    packed_bytes,
+)
 
 UNITS: Mapping[Resource, float] = {
     Resource.SIZE: 1 << 20,
@@ -58,7 +65,14 @@ def site_spend(site: Site, weight_bits: int, activation_bits: int) -> dict[Resou
 
 
 def open_limits(
-    plan: Plan, float_model: FloatModel, *, timesteps: int, smoothed: bool, rounded: bool, mixed: bool
+    plan: Plan,
+    float_model: FloatModel,
+    *,
+    timesteps: int,
+    smoothed: bool,
+    rounded: bool,
+    mixed: bool,
+    scale_bytes: int = SCALE_BYTES,
 ) -> dict[Resource, float]:
     """What the bits of the sites under the budget may cost together: the budget less what does not depend on them.
 
@@ -69,12 +83,13 @@ def open_limits(
         smoothed: the sites get smoothing scales.
         rounded: zero points are integers.
         mixed: sites will store a width for every channel.
+        scale_bytes: of one scale as it will be stored.
     """
     limits = limits_of(plan.budget)
     if not limits:
         return {}
     zero_point_bytes = ROUNDED_ZERO_POINT_BYTES if rounded else FREE_ZERO_POINT_BYTES
-    total = spent(planned_cost(plan, float_model, timesteps, smoothed, zero_point_bytes))
+    total = spent(planned_cost(plan, float_model, timesteps, smoothed, zero_point_bytes, scale_bytes))
     for site in plan.budgeted:
         if not site.weight_shape:
             continue
@@ -95,6 +110,7 @@ def require_feasible(
     timesteps: int,
     smoothed: bool,
     where: str,
+    scale_bytes: int = SCALE_BYTES,
 ) -> None:
     """Raise RecipeError, before anything is measured, for policies that cannot work or a budget nobody can keep.
 
@@ -108,6 +124,7 @@ def require_feasible(
         timesteps: entries of the activation tables.
         smoothed: the sites get smoothing scales.
         where: the method, for the message.
+        scale_bytes: of one scale as it will be stored.
     """
     _require_sight(policies, inputs_from, where)
     budget = plan.budget
@@ -121,7 +138,8 @@ def require_feasible(
             allowed=f"at least {weight_bits}",
             next_step="give the policy lower widths, or raise budget.weight_bits",
         )
-    least = spent(planned_cost(_with_bits(plan, weight_bits, activation_bits), float_model, timesteps, smoothed))
+    lowest_plan = _with_bits(plan, weight_bits, activation_bits)
+    least = spent(planned_cost(lowest_plan, float_model, timesteps, smoothed, scale_bytes=scale_bytes))
     broken = {resource: limit for resource, limit in limits_of(budget).items() if least[resource] > limit}
     if not broken:
         return

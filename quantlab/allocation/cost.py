@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,9 @@ from quantlab.allocation.plan import Plan, SitePlan
 from quantlab.allocation.student import Student
 from quantlab.contracts.allocation import FLOAT_BITS, BitMap
 from quantlab.contracts.correction import FittedCorrection
+from quantlab.contracts.quant import QParams
 from quantlab.contracts.quantizer import Quantizer
+from quantlab.contracts.sections import AS_IT_IS, Pack
 from quantlab.contracts.site import Site, SiteKind
 from quantlab.quant.accounting import (
     SCALE_BYTES,
@@ -32,7 +35,11 @@ from quantlab.quant.operands import QuantizedOperands
 
 
 def student_cost(
-    student: Student, bit_map: BitMap, float_model: FloatModel, corrections: Sequence[FittedCorrection] = ()
+    student: Student,
+    bit_map: BitMap,
+    float_model: FloatModel,
+    corrections: Sequence[FittedCorrection] = (),
+    stored: Pack = AS_IT_IS,
 ) -> Accounting:
     """Bytes and bit operations of a student with its quantizers in place.
 
@@ -41,14 +48,18 @@ def student_cost(
         bit_map: its bits.
         float_model: of the float network.
         corrections: of the sampler.
+        stored: how the parameters of the quantizers will be stored; their own values are left as they are.
+
+    Raises:
+        NonFiniteError: a scale does not fit into the type it is to be stored as.
     """
     quantized, products = student.layers(), student.products()
     costs = []
     for entry in student.plan.sites:
         cost = site_cost(entry.site, bit_map)
         layer, product = quantized.get(entry.site.name), products.get(entry.site.name)
-        cost = cost if layer is None else _with_layer(cost, layer)
-        costs.append(cost if product is None else replace(cost, operand_bytes=_operand_bytes(product)))
+        cost = cost if layer is None else _with_layer(cost, layer, stored)
+        costs.append(cost if product is None else replace(cost, operand_bytes=_operand_bytes(product, stored)))
     return replace(
         account(costs, float_model),
         correction_bytes=sum(map(_correction_bytes, corrections)),
@@ -66,7 +77,12 @@ def _correction_bytes(fitted: FittedCorrection) -> int:
 
 
 def planned_cost(
-    plan: Plan, float_model: FloatModel, timesteps: int, smoothed: bool, zero_point_bytes: int = 1
+    plan: Plan,
+    float_model: FloatModel,
+    timesteps: int,
+    smoothed: bool,
+    zero_point_bytes: int = 1,
+    scale_bytes: int = SCALE_BYTES,
 ) -> Accounting:
     """What the plan will cost, before anything is measured: a policy that mixes bits adds its index maps to it.
 
@@ -76,14 +92,19 @@ def planned_cost(
         timesteps: entries of the activation tables, 1 for static scales.
         smoothed: the sites under the budget get smoothing scales.
         zero_point_bytes: what a zero point is taken to need; how wide it becomes is known after calibration.
+        scale_bytes: of one scale as it will be stored.
     """
     bit_map = plan.nominal()
     costs = []
     for entry in plan.sites:
-        cost = site_cost(entry.site, bit_map)
+        cost = replace(
+            site_cost(entry.site, bit_map), weight_scale_bytes=scale_bytes, activation_scale_bytes=scale_bytes
+        )
         entries = timesteps if entry.site.has_samples_first else 1
         if cost.products:
-            cost = replace(cost, operand_bytes=len(entry.site.slots) * table_bytes(entries, 1, entries > 1))
+            cost = replace(
+                cost, operand_bytes=len(entry.site.slots) * table_bytes(entries, 1, entries > 1, scale_bytes)
+            )
         if entry.budgeted:
             parts = max(1, len(entry.split))
             cost = replace(
@@ -137,29 +158,40 @@ def _products(site: Site, bit_map: BitMap) -> tuple[Product, ...]:
     )
 
 
-def _operand_bytes(product: QuantizedOperands) -> int:
+def _stored_parameters(quantizer: Quantizer | None, stored: Pack) -> QParams | None:
+    """What a quantizer will have in the file; None for a format of its own."""
+    if quantizer is None:
+        return None
+    if stored != AS_IT_IS:
+        quantizer = copy.deepcopy(quantizer)
+        quantizer.store_as(stored)
+    return quantizer.qparams()
+
+
+def _operand_bytes(product: QuantizedOperands, stored: Pack) -> int:
     """Tables of the quantizers of a product's operands."""
     total = 0
     for quantizer in product.quantizers.values():
-        stored = cast(Quantizer, quantizer).qparams()
-        if stored is not None:
-            width = zero_point_bytes(stored.zero_point, stored.round_zero_point)
-            total += table_bytes(stored.scale.numel(), width, stored.timesteps is not None, stored.scale_bytes)
+        found = _stored_parameters(cast(Quantizer, quantizer), stored)
+        if found is not None:
+            width = zero_point_bytes(found.zero_point, found.round_zero_point)
+            total += table_bytes(found.scale.numel(), width, found.timesteps is not None, found.scale_bytes)
     return total
 
 
-def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
+def _with_layer(cost: SiteCost, layer: QuantizedLayer, stored: Pack) -> SiteCost:
     """The cost with what the quantized layer stores."""
-    inputs = layer.input_quantizer.qparams() if layer.input_quantizer is not None else None
+    weight = _stored_parameters(layer.weight_quantizer, stored)
+    inputs = _stored_parameters(layer.input_quantizer, stored)
     return replace(
         cost,
         activation_entries=inputs.scale.numel() if inputs is not None else 1,
         per_timestep=inputs is not None and inputs.timesteps is not None,
-        weight_zero_point_bytes=_zero_points(layer.weight_quantizer),
-        weight_scales_per_channel=_parts(layer.weight_quantizer),
-        activation_zero_point_bytes=_zero_points(layer.input_quantizer),
-        weight_scale_bytes=_scale_bytes(layer.weight_quantizer),
-        activation_scale_bytes=_scale_bytes(layer.input_quantizer),
+        weight_zero_point_bytes=_zero_points(weight),
+        weight_scales_per_channel=max(1, len(weight.split)) if weight is not None else 1,
+        activation_zero_point_bytes=_zero_points(inputs),
+        weight_scale_bytes=weight.scale_bytes if weight is not None else SCALE_BYTES,
+        activation_scale_bytes=inputs.scale_bytes if inputs is not None else SCALE_BYTES,
         smoothing_channels=layer.smoothing.numel() if layer.smoothing is not None else 0,
         adapter_bytes=sum(p.numel() * p.element_size() for p in layer.adapter.parameters()) if layer.adapter else 0,
         extra_bytes=sum(q.extra_bytes() for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None),
@@ -167,18 +199,7 @@ def _with_layer(cost: SiteCost, layer: QuantizedLayer) -> SiteCost:
     )
 
 
-def _parts(quantizer: Quantizer | None) -> int:
-    parameters = quantizer.qparams() if quantizer is not None else None
-    return max(1, len(parameters.split)) if parameters is not None else 1
-
-
-def _scale_bytes(quantizer: Quantizer | None) -> int:
-    parameters = quantizer.qparams() if quantizer is not None else None
-    return parameters.scale_bytes if parameters is not None else SCALE_BYTES
-
-
-def _zero_points(quantizer: Quantizer | None) -> int:
-    parameters = quantizer.qparams() if quantizer is not None else None
+def _zero_points(parameters: QParams | None) -> int:
     if parameters is None:
         return 0
     return zero_point_bytes(parameters.zero_point, parameters.round_zero_point)

@@ -1,4 +1,7 @@
-"""Commands that quantize a model, look at one, or use what came out: run, reproduce, doctor, sample, pack, execute."""
+"""Commands that quantize a model, look at one, or use what came out.
+
+They are run, reproduce, doctor, sample, pack, export and execute.
+"""
 
 from __future__ import annotations
 
@@ -158,6 +161,26 @@ def pack(
         from quantlab.api import pack as pack_run
 
         print(pack_run(run_folder, method, output))
+
+
+def export(
+    path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run folder, or a packed file")],
+    to: Annotated[str, typer.Option("--to", help="onnx, or compressed-tensors")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the file, or folder, to write; beside the model without it")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="a method of the run; the recipe's without it")] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="compressed-tensors: leave out how inputs are quantized")
+    ] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a quantized model in the format of another project, if that can hold it exactly."""
+    with told(verbose):
+        from quantlab.export import export as export_model
+        from quantlab.export import target_of
+
+        print(export_model(path, target_of(to), output, method, weights_only=weights_only))
 
 
 def execute(

@@ -201,6 +201,11 @@ class ScaleType(StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one scale."""
+        return {ScaleType.FLOAT32: 4, ScaleType.FLOAT16: 2}[self]
+
 
 class FreeZeroPoints(StrEnum):
     """What becomes of zero points that are not integers, which no packed file holds."""

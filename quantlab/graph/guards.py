@@ -34,7 +34,7 @@ def require(left: float, comparison: str, right: float, holds: bool, condition: 
     Raises:
         CaptureError: the comparison now gives something else, so that the graph is not the model's.
     """
-    if getattr(operator, comparison)(left, right) == holds:
+    if bool(getattr(operator, comparison)(left, right)) == holds:  # bool: of a size that torch.export leaves free too
         return
     raise CaptureError(
         f"the graph was captured for inputs where {condition} is {holds}; it is {not holds} now",
@@ -46,7 +46,7 @@ def require(left: float, comparison: str, right: float, holds: bool, condition: 
 
 def contiguous_when(tensor: Tensor, left: float, comparison: str, right: float, holds: bool) -> Tensor:
     """The tensor, contiguous if ``left comparison right`` is ``holds``: a branch that changes only the layout."""
-    return tensor.contiguous() if getattr(operator, comparison)(left, right) == holds else tensor
+    return tensor.contiguous() if bool(getattr(operator, comparison)(left, right)) == holds else tensor
 
 
 def condition_text(left: object, comparison: str, right: object) -> str:

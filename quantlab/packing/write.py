@@ -14,8 +14,9 @@ from quantlab.contracts.sections import Choice, ScaleType
 from quantlab.errors import ArtefactError, PackError
 from quantlab.graph.captured import CapturedGraph
 from quantlab.graph.serialize import to_json
-from quantlab.packing.bitpack import MAX_WIDTH, pack_channels, pack_widths
+from quantlab.packing.bitpack import pack_channels, pack_widths
 from quantlab.packing.blobs import BlobWriter
+from quantlab.packing.coded import code_weight
 from quantlab.packing.file import PackedFile
 from quantlab.packing.manifest import (
     CorrectionRecord,
@@ -29,11 +30,8 @@ from quantlab.packing.manifest import (
     dtype_name,
 )
 from quantlab.packing.network import describe_network
-from quantlab.packing.stored import dequantize, encode
 from quantlab.packing.tables import (
     WEIGHT_SCALES,
-    bits_of,
-    require_stored,
     write_scales,
     write_table,
     write_timesteps,
@@ -126,23 +124,9 @@ def _write_site(blobs: BlobWriter, name: str, layer: QuantizedLayer, scales: Sca
 
 
 def _write_weight(blobs: BlobWriter, name: str, layer: QuantizedLayer, scales: ScaleType) -> WeightRecord:
-    assert layer.weight_quantizer is not None
-    parameters = require_stored(layer.weight_quantizer, name)
-    bits = bits_of(parameters).expand(layer.weight_shape[0]).cpu()
-    if int(bits.max()) > MAX_WIDTH or parameters.axis != 0:
-        raise PackError(
-            "only weights with a scale for each output channel and at most 8 bits are packed",
-            where=name,
-            got=f"{int(bits.max())} bits, axis {parameters.axis}",
-        )
-    weight = layer.float_weight()
-    codes = encode(weight, parameters)
-    if not torch.equal(dequantize(codes, parameters, weight.dtype), layer.quantized_weight()):
-        raise PackError(
-            f'the weights of the quantizer "{layer.weight_quantizer.name}" are not what its scales and zero points say',
-            where=name,
-        )
-    blobs.add("codes", pack_channels(codes.flatten(1).cpu(), bits))
+    coded = code_weight(name, layer)
+    parameters, bits = coded.parameters, coded.bits.cpu()
+    blobs.add("codes", pack_channels(coded.codes.flatten(1).cpu(), bits))
     uniform = bool((bits == bits[0]).all())
     if not uniform:
         blobs.add("widths", pack_widths(bits))

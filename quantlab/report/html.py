@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from quantlab.report import figures, strips
 from quantlab.report.details import MethodDetails, read_details
+from quantlab.report.execution import read_executions
 from quantlab.report.images import AMPLIFICATION, ImageRow, image_rows
 from quantlab.report.leaderboard import Leaderboard, Place, heading, leaderboards, shown
 from quantlab.report.rows import FULL_PRECISION, Row
@@ -131,6 +132,7 @@ def save_run_html(report: RunReport, path: Path) -> None:
         environment=report.environment,
         calibration=report.calibration,
         rows=report.rows,
+        executions=read_executions(report.folder, methods),
         **_drawings(details),
     )
 

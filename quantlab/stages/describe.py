@@ -28,6 +28,7 @@ from quantlab.stages.context import RunContext, version_of
 from quantlab.stages.prepare import PROVENANCE_FILE
 from quantlab.store import JSON
 
+COVERAGE_FILE = "coverage.txt"
 PACKAGES = ("quantlab", "torch", "diffusers", "torchmetrics", "numpy", "safetensors")
 
 
@@ -158,26 +159,33 @@ def finish(
     drawn = [GridRow(title, pixels(each[:count])) for title, each in images if each is not None]
     if count and drawn:
         save_grid(drawn, folder / "samples.png")
+    context.folder.write_text(COVERAGE_FILE, coverage)
+    save_page(folder, loaded.recipe, rows)
+    context.folder.write_json("metrics.json", {"schema_version": 1, "rows": [row_to_json(row) for row in rows]})
+
+
+def save_page(folder: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
+    """Write the page of a run from what its folder holds; again when something was measured later."""
     report = RunReport(
-        title=f"{loaded.recipe.name}: {loaded.recipe.method}",
+        title=f"{recipe.name}: {recipe.method}",
         rows=rows,
         folder=folder,
-        grid=count,
-        coverage=coverage,
-        stages=_stages(context),
+        grid=recipe.evaluate.grid,
+        # A run of an earlier quantlab wrote none.
+        coverage=found.read_text() if (found := folder / COVERAGE_FILE).is_file() else "",
+        stages=_stages(folder),
         recipe=(folder / "recipe.resolved.yaml").read_text(),
-        origins=loaded.origin,
+        origins=json.loads((folder / "origins.json").read_text()),
         environment=(folder / "environment.json").read_text(),
         # A stage that an earlier quantlab stored has none.
         calibration=recorded.read_text() if (recorded := folder / "calibrate" / PROVENANCE_FILE).is_file() else "",
     )
     save_run_html(report, folder / "report.html")
-    context.folder.write_json("metrics.json", {"schema_version": 1, "rows": [row_to_json(row) for row in rows]})
 
 
-def _stages(context: RunContext) -> list[StageLine]:
-    """The stages of this run from its events."""
-    file = context.folder.path / "events.jsonl"
+def _stages(folder: Path) -> list[StageLine]:
+    """The stages of a run from its events."""
+    file = folder / "events.jsonl"
     events = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     return [
         StageLine(event["stage"], event["seconds"], event["status"], Path(event["folder"]).name.rpartition("-")[2])

@@ -104,6 +104,7 @@ def method_of(recipe: Recipe, registry: Registry) -> AssignMethod:
         [registry.create(Kind.POLICY, choice) for choice in recipe.allocate],
         choices_of(recipe, registry),
         recipe.inputs_from,
+        recipe.pack,
     )
 
 
@@ -117,6 +118,7 @@ def check_budget(plan: Plan, recipe: Recipe, registry: Registry, float_model: Fl
         timesteps=recipe.sampling.steps if recipe.activations.per_timestep else 1,
         smoothed=bool(recipe.passes),
         where=f"method {arm}",
+        scale_bytes=recipe.pack.scales.itemsize,
     )
 
 
@@ -142,6 +144,8 @@ def assign_bits(
         "seed": recipe.seed,
         "plugins": context.versions(*plugins),
     }
+    if recipe.budget.size_mb is not None and recipe.pack != AS_IT_IS:
+        key["pack"] = as_json(recipe.pack)  # the bits depend on it
     if recipe.calibrate.sampler is not None:
         key["sampler"] = as_json(recipe.calibrate.sampler)
     method, share = method_of(recipe, registry), calibrated.batch is not None

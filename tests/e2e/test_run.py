@@ -18,6 +18,8 @@ from toys import silent
 from quantlab.api import load_quantized, pack, quantize
 from quantlab.api import sample as sample_run
 from quantlab.errors import ArtefactError, ModelError, PackError, QuantlabError, RecipeError
+from quantlab.execution import compare_execution
+from quantlab.export import Target, export, target_of
 from quantlab.recipe.load import load_recipe
 from quantlab.report.console import make_console
 from quantlab.run import RunOptions, run
@@ -282,6 +284,40 @@ def test_every_method_of_a_run_is_packed(finished, tmp_path: Path) -> None:
             load_quantized(again, **options)
     with pytest.raises(RecipeError, match="of a packed file"):
         load_quantized(result.folder, keep_packed=True)
+
+
+def test_a_run_and_its_packed_file_export_the_same(finished, tmp_path: Path) -> None:
+    _, result = finished
+    file, to = result.folder / "mse" / "pack" / "model.safetensors", Target.COMPRESSED_TENSORS
+    told = export(result.folder, to, tmp_path / "run", "mse", weights_only=True)
+    assert "linear layers packed" in told and "convolutions as floats" in told
+    export(file, to, tmp_path / "file", weights_only=True)
+    of_run, of_file = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "file"))
+    assert of_run.keys() == of_file.keys() and all(torch.equal(of_run[name], of_file[name]) for name in of_run)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["_class_name"] == "UNet2DModel" and config["quantization_config"]["format"] == "pack-quantized"
+    with pytest.raises(PackError, match="has no place for"):
+        export(file, to, tmp_path / "none")
+    with pytest.raises(RecipeError, match="one of a run folder"):
+        export(file, to, tmp_path / "none", "mse")
+    with pytest.raises(RecipeError, match="nothing is to be left out"):
+        export(file, Target.ONNX, tmp_path / "none", weights_only=True)
+    with pytest.raises(RecipeError, match=r'there is no format "onx"[\s\S]*did you mean "onnx"'):
+        target_of("onx")
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_execution_is_kept_in_the_page(finished) -> None:
+    _, result = finished
+    page = result.folder / "report.html"
+    before = page.read_text()
+    assert "not measured" in before
+    found = compare_execution(result.folder, "mse", samples=4)
+    after = page.read_text()
+    assert f"{found.latency}" in after and "Kernel of each site: mse" in after and "Kernel of each site" not in before
+    assert [line for line in before.splitlines() if line not in after.splitlines()] == [
+        line for line in before.splitlines() if "not measured" in line and "<td" in line and ">mse<" in line
+    ]
 
 
 def test_a_format_of_its_own_and_free_zero_points_are_not_packed_and_the_run_goes_on(tmp_path: Path) -> None:

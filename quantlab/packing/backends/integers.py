@@ -165,7 +165,11 @@ def integers_of(layer: QuantizedLayer) -> IntegerSite:
     bits = torch.log2(torch.as_tensor(stored.quant_max).double() + 1).round().to(torch.int8).expand(weight.shape[0])
     parts = tuple(
         IntegerPart(
-            part, scale[position].contiguous(), zero_point[position].to(torch.int32), bits.clone(), _grid(quantizer)
+            part,
+            scale[position].contiguous(),
+            zero_point[position].to(torch.int32),
+            bits.clone(),
+            input_grid(quantizer),
         )
         for position, (part, quantizer) in enumerate(
             zip(weight.split(sizes, 1), _quantizers(layer.input_quantizer, len(sizes)), strict=True)
@@ -244,8 +248,12 @@ def _weight(layer: QuantizedLayer, stored: QParams) -> Tensor:
     return centred.to(torch.int16)
 
 
-def _grid(quantizer: Quantizer) -> InputGrid:
-    """The grid of an input, proved on a probe to be what the quantizer computes."""
+def input_grid(quantizer: Quantizer) -> InputGrid:
+    """The grid of an input, proved on a probe to be what the quantizer computes.
+
+    Raises:
+        NotExecutable: it is no grid of integers with at most 8 bits, or its zero points are free floats.
+    """
     stored = _stored(quantizer, "input")
     if stored.axis is not None:
         raise NotExecutable("its input has a scale for each channel")

@@ -20,7 +20,7 @@ from quantlab.calibration.collect import calibration_batch
 from quantlab.contracts.allocation import FLOAT_BITS, AllocationProblem, BitMap, BitPolicy
 from quantlab.contracts.config import Strict
 from quantlab.contracts.quant import Observer
-from quantlab.contracts.sections import Activations, Budget, InputsFrom, Weights
+from quantlab.contracts.sections import Activations, Budget, InputsFrom, Pack, ScaleType, Weights
 from quantlab.contracts.tuning import AdapterSpec
 from quantlab.errors import NonFiniteError, PluginError, QuantlabError, RecipeError
 from quantlab.quant.accounting import FloatModel
@@ -120,6 +120,9 @@ def test_a_dry_run_tells_the_size_of_a_method_that_does_not_mix() -> None:
     float_model = FloatModel.of(toy.task.network)
     found = student_cost(student, bit_map, float_model)
     assert planned_cost(toy.plan, float_model, timesteps=4, smoothed=True) == found
+    narrow = Pack(scales=ScaleType.FLOAT16)
+    planned = planned_cost(toy.plan, float_model, timesteps=4, smoothed=True, scale_bytes=narrow.scales.itemsize)
+    assert planned == student_cost(student, bit_map, float_model, stored=narrow) != found
 
 
 class Pixelwise(ToyDenoiser):

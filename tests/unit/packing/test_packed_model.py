@@ -35,7 +35,7 @@ from quantlab.contracts.sections import (
     ScaleType,
     Weights,
 )
-from quantlab.errors import ArtefactError, NonFiniteError, PackError
+from quantlab.errors import ArtefactError, NonFiniteError, PackError, QuantlabError
 from quantlab.execution import execute
 from quantlab.graph.capture import capture
 from quantlab.graph.sites import find_sites
@@ -167,6 +167,25 @@ class Outer(nn.Module):
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return self.inner(sample, timestep)
+
+
+def test_a_budget_counts_scales_and_zero_points_as_the_file_stores_them() -> None:
+    stored = Pack(scales=ScaleType.FLOAT16, free_zero_points=FreeZeroPoints.ROUND)
+    toy = make_toy()
+    limit = Made(toy, settings=stored).content().payload_bytes
+    for budget, fits in ((limit, True), (limit - 1, False)):
+        plan = replace(toy.plan, budget=toy.plan.budget.model_copy(update={"size_mb": budget / 2**20}))
+        student = build_student(toy.task, toy.graph, plan)
+        choices = affine(Weights(round_zero_point=False), Activations(round_zero_point=False, per_timestep=True))
+        method = AssignMethod([], [UniformPolicy(UniformPolicy.Config())], choices, InputsFrom.TEACHER, stored)
+        batch, rng = calibration_batch(toy.task, toy.calibration, 8), torch.Generator().manual_seed(0)
+        if fits:
+            assign(student, method, batch, rng, silent)
+            with pytest.raises(QuantlabError, match="more than the budget"):  # as float32 it would not fit
+                assign(build_student(toy.task, toy.graph, plan), replace(method, stored=Pack()), batch, rng, silent)
+        else:
+            with pytest.raises(QuantlabError, match="more than the budget"):
+                assign(student, method, batch, rng, silent)
 
 
 def test_scales_of_float16_are_evaluated_counted_and_stored(tmp_path: Path) -> None:
