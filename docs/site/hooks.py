@@ -34,10 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     generate, families, registry = _module("generate"), _module("families"), load_registry()
     for readme in sorted(ROOT.glob("plugins/*/README.md")):
         family = readme.parent.name
-        written[f"methods/{family}.md"] = (readme, readme.read_text())
-        appendices[f"methods/{family}.md"] = families.appendix(
-            registry, family, ROOT / "docs" / "results", generate.part_section
-        )
+        page = _family_page(family)
+        written[page] = (readme, readme.read_text())
+        appendices[page] = families.appendix(registry, family, ROOT / "docs" / "results", generate.part_section)
     for path, (source, text) in written.items():
         page = f"{_moved(text, source, path)}\n{appendices.get(path, '')}\n"
         files.append(File.generated(config, path, content=page))
@@ -88,4 +87,10 @@ def _place(target: Path) -> str | None:
     if relative.startswith("docs/"):
         return relative.removeprefix("docs/")
     family = re.fullmatch(r"plugins/(\w+)(?:/README\.md)?/?", relative)
-    return f"methods/{family[1]}.md" if family else None
+    return _family_page(family[1]) if family else None
+
+
+def _family_page(family: str) -> str:
+    """Where the page of a plugin's folder stands: among the methods, unless it brings none."""
+    package = ROOT / "plugins" / family / f"quantlab_{family}"
+    return f"{'methods' if (package / 'methods').is_dir() else 'reporters'}/{family}.md"
