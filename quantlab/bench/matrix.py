@@ -80,4 +80,5 @@ def run_matrix(
     everything = collect(title, folder, known, bench_file.baseline)
     everything.write()
     save_page(everything, known, runs_dir, bench_file)
+    console.info(f"table and page: {folder / 'summary.md'}, {folder / 'report.html'}")
     return collect(title, folder, chosen, bench_file.baseline)

@@ -9,6 +9,8 @@ import typer
 
 from quantlab.cli.common import VerboseOption, told
 
+KINDS = "one of method, model, pass, policy, sampler, quantizer, tuner, loss, correction, metric, reporter"
+
 new_app = typer.Typer(help="Write a new package.", no_args_is_help=True)
 
 
@@ -20,7 +22,7 @@ def new() -> None:
 @new_app.command("plugin")
 def new_plugin(
     name: Annotated[str, typer.Argument(help="what recipes will call it, such as weight-range")],
-    kind: Annotated[str, typer.Option("--kind", help="policy, quantizer, loss, ...: quantlab list --help")],
+    kind: Annotated[str, typer.Option("--kind", help=KINDS)],
     output: Annotated[Path, typer.Option("--output", help="the folder that gets quantlab-NAME")] = Path(),
     verbose: VerboseOption = False,
 ) -> None:
@@ -31,4 +33,4 @@ def new_plugin(
         from quantlab.scaffold import new_plugin as write_plugin
 
         folder = write_plugin(name, kind_of(kind), output, load_registry())
-        print(f"{folder}\nnext: cd {folder} && pip install -e . && pytest")
+        print(f'{folder}\nnext: cd {folder} && pip install -e ".[test]" && pytest')

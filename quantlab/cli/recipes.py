@@ -40,7 +40,7 @@ def show(
     """Show a recipe, the sites of its model, or one name of a kind: show policy uniform."""
     with told(verbose):
         if name is None:
-            _needs_no_name(what)
+            _needs_no_name(what, plugins)
             loaded = load(what, overrides, plugins, profile)
             print(_resolved(loaded) if resolved else loaded.text)
         elif what == "sites":
@@ -49,13 +49,21 @@ def show(
             print(_described(what, name, plugins))
 
 
-def _needs_no_name(what: str) -> None:
-    from quantlab.plugins import Kind
+def _needs_no_name(what: str, plugins: list[Path]) -> None:
+    """Raise RecipeError for a kind without a name, and for a name without its kind."""
+    from quantlab.plugins import Kind, load_registry
+    from quantlab.recipe.find import is_recipe
 
     kind = next((kind for kind in Kind if what in (kind.value, kind.plural)), None)
     if kind or what == "sites":
         known = f"the names: quantlab list {kind.plural if kind else 'recipes'}"
         raise RecipeError(f'"{what}" needs a name after it', next_step=f"quantlab show {what} NAME; {known}")
+    if not is_recipe(what):
+        registry = load_registry(plugins)
+        kinds = [kind for kind in Kind if what in registry.entries(kind)]
+        if kinds:
+            ways = " or ".join(f"quantlab show {kind} {what}" for kind in kinds)
+            raise RecipeError(f'"{what}" is no recipe, but a {" and a ".join(kinds)}', next_step=ways)
 
 
 def _resolved(loaded: LoadedRecipe) -> str:

@@ -16,11 +16,11 @@ RECIPES = "recipes"
 
 
 def kind_of(word: str, *others: str) -> Kind:
-    """The kind that a word on the command line means: "policy" or "policies"; ``others`` are also offered."""
+    """The kind that a word on the command line means: "policy" or "policies"; ``others`` are offered beside plurals."""
     for kind in Kind:
         if word in (kind.value, kind.plural):
             return kind
-    words = [*(kind.plural for kind in Kind), *others]
+    words = [*(kind.plural for kind in Kind), *others] if others else [kind.value for kind in Kind]
     raise RecipeError(f'there is no kind "{word}"', allowed=", ".join(words), next_step=nearest(word, words))
 
 

@@ -34,15 +34,27 @@ def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
     Raises:
         RecipeError: there is no such file; the message has the nearest name.
     """
-    for folder in (beside or Path(), packaged_folder()):
-        for candidate in (folder / name, folder / f"{name}{SUFFIX}"):
-            if os.path.isfile(candidate):  # unlike Path.is_file, false for a name that is too long
-                return candidate
+    found = _candidate(name, beside)
+    if found is not None:
+        return found
     raise RecipeError(
         f'there is no recipe "{name}"',
         allowed="a path to a YAML file, or one of the installed recipes",
         next_step=nearest(str(name).removesuffix(SUFFIX), packaged_recipes()) or "list them: quantlab list recipes",
     )
+
+
+def is_recipe(name: str | Path) -> bool:
+    """Whether ``find_recipe`` finds a file."""
+    return _candidate(name, None) is not None
+
+
+def _candidate(name: str | Path, beside: Path | None) -> Path | None:
+    for folder in (beside or Path(), packaged_folder()):
+        for candidate in (folder / name, folder / f"{name}{SUFFIX}"):
+            if os.path.isfile(candidate):  # unlike Path.is_file, false for a name that is too long
+                return candidate
+    return None
 
 
 def recipe_name(path: Path) -> str:

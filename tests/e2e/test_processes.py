@@ -22,7 +22,7 @@ WORKER = """
 import sys, torch
 from pathlib import Path
 import toy_source
-from quantlab.cli import told
+from quantlab.cli.common import told
 from quantlab.processes import joined
 
 torch.set_num_threads(1)

@@ -11,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from quantlab.cli import app
+from quantlab.cli.new import KINDS
 from quantlab.errors import ModelError
+from quantlab.plugins import Kind
 from quantlab.report import rows
 from quantlab.store import Store, atomic_write_json, create_run
 
@@ -372,3 +374,14 @@ def test_options_are_shown_with_type_default_and_bounds():
     text = call("show", "pass", "smooth").stdout
     assert "alpha = 0.5  (number, at least 0, at most 1)  share of the input's range" in text
     assert "paper: SmoothQuant" in text and "from: builtin (quantlab " in text
+
+
+def test_the_help_of_new_plugin_names_every_kind():
+    assert f"one of {', '.join(kind.value for kind in Kind)}" == KINDS
+
+
+def test_a_name_without_its_kind_is_told_how_to_be_shown():
+    result = call("show", "kurtosis")
+    assert result.exit_code == 2
+    assert '"kurtosis" is no recipe, but a method and a policy' in result.stderr
+    assert "quantlab show method kurtosis or quantlab show policy kurtosis" in result.stderr

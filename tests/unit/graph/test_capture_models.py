@@ -39,7 +39,7 @@ def test_height_and_width_stay_open(cases, name):
 @pytest.mark.parametrize("name", ALL)
 def test_every_layer_of_the_model_is_a_site(cases, name):
     case = cases(name)
-    layers = {path for path, m in case.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers = {path for path, m in case.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)}
     assert {site.name for site in case.sites.values() if site.weight_shape} == layers
 
 

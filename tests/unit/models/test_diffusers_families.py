@@ -60,7 +60,7 @@ def captured():
 def test_every_layer_is_a_site_of_an_exact_graph(captured, name):
     task, graph, sites = captured(name)
     assert graph.method is CaptureMethod.VALUE_TRACE  # so it was compared with the model: no difference
-    layers = {path for path, m in task.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers = {path for path, m in task.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)}
     assert {site.name for site in sites if site.weight_shape} == layers
     assert any(site.kind == "attention" for site in sites)
 

@@ -43,4 +43,6 @@ def test_an_unknown_kind_has_the_nearest(registry):
         catalogue(registry, "recipez")
     with pytest.raises(RecipeError) as caught:
         kind_of("recipes")
-    assert "recipes" not in str(caught.value).partition("allowed")[2], "a recipe is no kind"
+    allowed = str(caught.value).partition("allowed")[2]
+    assert "recipes" not in allowed, "a recipe is no kind"
+    assert "policy" in allowed and "policies" not in allowed, "one of them is asked for"
