@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
+import triton  # pyright: ignore[reportMissingImports]  an optional package
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from triton.runtime.interpreter import InterpretedFunction  # pyright: ignore[reportMissingImports]
 
 
 def _tile_product(

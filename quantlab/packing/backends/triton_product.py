@@ -101,7 +101,7 @@ class TritonProduct:
 @contextmanager
 def _runtime_errors() -> Iterator[None]:
     """Triton's errors as those of torch's operators."""
-    from triton.errors import TritonError
+    from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
 
     try:
         yield
